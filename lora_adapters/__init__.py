@@ -1,0 +1,38 @@
+"""LoRA for every PyTorch model a person already has. Importing this package imports no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .api import attach as attach
+    from .api import load as load
+    from .api import plan as plan
+    from .api import restore as restore
+    from .errors import LoraAdaptersError as LoraAdaptersError
+    from .hooks import hookimpl as hookimpl
+
+__version__ = "0.1.0.dev0"
+
+_LAZY = {
+    "Adapter": "adapter",
+    "LoraAdaptersError": "errors",
+    "attach": "api",
+    "hookimpl": "hooks",
+    "load": "api",
+    "plan": "api",
+    "restore": "api",
+}
+__all__ = ["Adapter", "LoraAdaptersError", "__version__", "attach", "hookimpl", "load", "plan", "restore"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Thin subclasses of PEFT's LoRA layers."""

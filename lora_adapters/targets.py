@@ -1,0 +1,126 @@
+"""Roles of a model's modules, and the role expressions that select them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .hooks.specs import ROLES, TargetMap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Words of a role expression that stand for several roles.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("q", "k", "v", "o", "qkv", "kv"),
+    "all-linear": ("q", "k", "v", "o", "qkv", "kv", "mlp", "other"),
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the matcher may look at: names, classes and shapes, never values.
+
+    Attributes:
+        backend: name of the backend that serves the model.
+        family: transformers' `config.model_type`, else the model's class name.
+        modules: dotted module name -> module, in the model's order, of every module that could carry an adapter.
+        model: the model itself.
+    """
+
+    backend: str
+    family: str
+    modules: Mapping[str, nn.Module]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Roles of a model's modules.
+
+    Attributes:
+        roles: module name -> role.
+        never: module name -> the reason it must not be adapted.
+        default: the role expression that targets="auto" means for this model.
+        shared_input: groups of roles that read one input.
+        notes: things the user should know (shown in the plan).
+    """
+
+    roles: Mapping[str, str]
+    never: Mapping[str, str]
+    default: str
+    shared_input: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """What a framework's plugin gives the core. Every method works on meta-device models unless it loads weights."""
+
+    name: str
+
+    def family(self, model: nn.Module) -> str:
+        """Return the key that TargetMap.families uses."""
+        ...
+
+    def classify(self, info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
+        """Return the role of every module that could carry an adapter."""
+        ...
+
+    def task_type(self, model: nn.Module) -> str | None:
+        """Return PEFT's task type ("CAUSAL_LM", "SEQ_CLS", ...) or None."""
+        ...
+
+    def heads_to_train(self, model: nn.Module) -> tuple[str, ...]:
+        """Return names of modules that are new for the task (a classifier) and must be trained and saved whole."""
+        ...
+
+    def example_inputs(self, model: nn.Module, batch_size: int, sequence_length: int, device: Any) -> dict[str, Any]:
+        """Return keyword arguments of one training step's forward (labels included, if the model takes them)."""
+        ...
+
+    def load(
+        self,
+        name: str,
+        *,
+        quantization: Any,
+        dtype: torch.dtype | str,
+        device: str,
+        revision: str | None,
+        trust_remote_code: bool,
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Load a model by name or folder, its base weights quantized if asked."""
+        ...
+
+
+def classify_by_patterns(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
+    """Give each module the role of the first matching pattern; a family's own map comes before the "*" map."""
+    mine = [m for m in maps if m.backend == info.backend]
+    chain = [m for m in mine if info.family in m.families]
+    if not any(m.exclusive for m in chain):
+        chain += [m for m in mine if "*" in m.families]
+    roles: dict[str, str] = {}
+    never: dict[str, str] = {}
+    for name in info.modules:
+        for target_map in chain:
+            if reason := next((why for p, why in target_map.never.items() if re.search(p, name)), ""):
+                never[name] = reason
+                break
+        for target_map in chain:
+            role = next((r for r, ps in target_map.roles.items() if any(re.search(p, name) for p in ps)), None)
+            if role is not None:
+                roles[name] = role
+                break
+    default = next((m.default for m in chain if m.default), "all-linear")
+    shared = next((m.shared_input for m in chain if m.shared_input), ())
+    return Classification(roles, never, default, shared)
+
+
+def expand(word: str) -> tuple[str, ...] | None:
+    """Return the roles a word of a role expression stands for, or None if it is no role word."""
+    if word in GROUPS:
+        return GROUPS[word]
+    return (word,) if word in ROLES else None

@@ -1,0 +1,1 @@
+"""transformers models: the backend, their target maps and the Trainer callback."""
