@@ -47,3 +47,7 @@ class PluginWarning(UserWarning):
 
 class LoraAdaptersWarning(UserWarning):
     """Something worth knowing that does not stop the run (a fallback, a skipped layer)."""
+
+
+class MergeError(LoraAdaptersError, ValueError):
+    """An adapter can't be merged, or merging it would give broken weights. Nothing was merged."""

@@ -1,0 +1,379 @@
+"""Carries out a plan: builds the layers, gives the model its PeftModel, proves the result, or takes everything back.
+
+The one module that touches PEFT's private parts; tests/test_canaries.py has a test for each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, VerificationError
+from .hooks.manager import load_object
+from .layers import BUILTIN_LAYERS
+from .layers.engine import EngineLayer, Factors
+from .naming import patterns_for, target_modules_for
+from .planning import AttachPlan, PlannedLayer, base_of, foreign_tuner
+from .snapshot import Changes, Snapshot
+from .weights import mark_quantized, quantize_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+try:
+    # A target_modules value that PEFT's injection takes as "inject nothing": it then does its housekeeping
+    # (modules_to_save, biases, freezing) around the layers we placed.
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+except ImportError:  # pragma: no cover - the canary test fails first
+    DUMMY_TARGET_MODULES = None
+
+
+def apply(
+    model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None = None, *, initialise: bool = True
+) -> tuple[PeftModel, Changes]:
+    """Attach the plan's adapter to `model` in place.
+
+    Args:
+        model: the base model (not its PeftModel).
+        plan: made for this model.
+        peft_model: the PeftModel around `model` if it already carries LoRA adapters.
+        initialise: False leaves lora_A uninitialised memory for a caller that loads values next.
+
+    Returns:
+        The PeftModel around `model`, and the changes that take the adapter off again.
+
+    Raises:
+        Whatever goes wrong, after the model has been set back as it was.
+    """
+    _refuse_foreign(model)
+    snapshot = Snapshot(model, _values_at_risk(model, plan))
+    try:
+        if plan.engine == "direct" and DUMMY_TARGET_MODULES is not None:
+            result = _inject_directly(model, plan, peft_model, initialise)
+        else:
+            result = _inject_through_peft(model, plan, peft_model, initialise)
+        verify(model, plan, result, initialise)
+    except BaseException:
+        snapshot.changes().revert()
+        if peft_model is not None:
+            peft_model.peft_config.pop(plan.request.adapter_name, None)
+        raise
+    return result, snapshot.changes()
+
+
+def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int], None] | None = None) -> None:
+    """Quantize what the plan says, layer by layer, in place. Dense weights are freed as it goes, so it can't be undone."""
+    if not plan.quantize:
+        return
+    quantizers = {name: plan._quantizers[name] for name in plan.quantize}
+    compute_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    quantize_modules(model, quantizers, compute_dtype, progress=progress)
+    mark_quantized(model, next(iter(quantizers.values())))
+
+
+def planned_on_meta(model: nn.Module, plan: AttachPlan) -> nn.Module:
+    """Return a meta-device twin of `model` with the plan carried out on it. `model` is not touched."""
+    from .memory import meta_copy
+
+    twin = meta_copy(model)
+    quantize(twin, plan)
+    if any(isinstance(m, LoraLayer) for m in twin.modules()):
+        return twin
+    return apply(twin, plan)[0]
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    methods = {method for module in model.modules() if (method := foreign_tuner(module))}
+    if methods:
+        raise UnsupportedError(
+            f"The model carries {', '.join(sorted(methods))} adapters. PEFT freezes and saves one tuner's layers at a "
+            "time, so LoRA beside them would silently stop their training. Unload them first, or use prompt or prefix "
+            "tuning, which LoRA can stand beside."
+        )
+
+
+def _values_at_risk(model: nn.Module, plan: AttachPlan) -> list[nn.Parameter]:
+    """Return base parameters that attaching or training overwrites, and that detaching must bring back."""
+    bias = plan.request.peft_fields.get("bias", "none")
+    risk = [p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias")] if bias != "none" else []
+    init = plan.request.peft_fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init != "gaussian":
+        # PiSSA, OLoRA, LoftQ and others take part of the base weight into the adapter.
+        risk += [p for layer in plan.layers for p in base_of(model.get_submodule(layer.name)).parameters()]
+    return risk
+
+
+# ---- the direct way -------------------------------------------------------------------------------------------------
+
+
+def _inject_directly(
+    model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None, initialise: bool
+) -> PeftModel:
+    config = build_config(model, plan)
+    name = plan.request.adapter_name
+    classes = {spec: load_object(spec) for spec in {layer.layer for layer in plan.layers}}
+    for planned in plan.layers:
+        module = model.get_submodule(planned.name)
+        if isinstance(module, LoraLayer):
+            layer = adopt(module)
+        else:
+            layer = classes[planned.layer].wrap(module)
+            parent, _, child = planned.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+        layer.add_factors(name, _factors(base_of(layer), planned, plan, initialise))
+    real_targets, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
+    try:
+        peft_model = _wrap(model, config, plan) if peft_model is None else _add(peft_model, config, name)
+    finally:
+        config.target_modules = real_targets
+    peft_model.base_model.targeted_module_names = [layer.name for layer in plan.layers]
+    peft_model.set_adapter(name)
+    return peft_model
+
+
+def _wrap(model: nn.Module, config: LoraConfig, plan: AttachPlan) -> PeftModel:
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(plan.task_type, PeftModel)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*second time.*")
+        return cls(model, config, adapter_name=plan.request.adapter_name, autocast_adapter_dtype=False)
+
+
+def _add(peft_model: PeftModel, config: LoraConfig, name: str) -> PeftModel:
+    peft_model.add_adapter(name, config, autocast_adapter_dtype=False)
+    return peft_model
+
+
+def adopt(layer: LoraLayer) -> EngineLayer:
+    """Turn a stock PEFT layer into ours in place; state_dict keys and behaviour stay."""
+    if isinstance(layer, EngineLayer):
+        return layer
+    ours = _our_class(type(layer))
+    if ours is None:
+        raise UnsupportedError(f"PEFT's {type(layer).__name__} has no counterpart here, so it can't take an adapter.")
+    layer.__class__ = ours
+    return layer  # type: ignore[return-value]
+
+
+def _our_class(peft_class: type) -> type | None:
+    """Return our subclass of a stock PEFT layer class, or None."""
+    for spec in BUILTIN_LAYERS:
+        if not spec.layer.endswith(f":{peft_class.__name__}"):
+            continue
+        ours = load_object(spec.layer)
+        if peft_class in ours.__bases__:
+            return ours
+    return None
+
+
+def _factors(base: nn.Module, planned: PlannedLayer, plan: AttachPlan, initialise: bool) -> Factors:
+    request = plan.request
+    weight = base.weight
+    dtype = request.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    rank, (out, *rest) = planned.rank, planned.shape
+    embedding = planned.kind == "embedding"
+    shape_a = (rank, out) if embedding else (rank, *rest)
+    shape_b = (rest[0], rank) if embedding else (out, rank, *[1] * (len(rest) - 1))
+    device = weight.device
+    bias = torch.zeros(out, dtype=dtype, device=device) if request.peft_fields.get("lora_bias") else None
+    a = torch.empty(shape_a, dtype=dtype, device=device)
+    b = torch.zeros(shape_b, dtype=dtype, device=device)
+    if initialise and device.type != "meta":
+        a, b = initial_values(a, b, planned, request.seed, request.peft_fields.get("init_lora_weights", True))
+    return Factors(
+        a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias
+    )
+
+
+def initial_values(
+    a: torch.Tensor, b: torch.Tensor, planned: PlannedLayer, seed: int | None, init: bool | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill A and B in place, as PEFT does, from numbers that depend on the seed and the module's name alone.
+
+    True: A from the uniform distribution U(-1/sqrt(fan_in), 1/sqrt(fan_in)), B zero (embeddings: A zero, B from the
+    normal distribution). "gaussian": A normal with standard deviation 1/rank. False: B random as well (for tests).
+    Numbers are drawn on the CPU in float32, so that they are the same on every device.
+    """
+    seed = torch.initial_seed() if seed is None else seed
+    digest = hashlib.blake2b(f"{seed}:{planned.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def fill(tensor: torch.Tensor, kind: str, size: float) -> None:
+        # Straight into the tensor where it already is float32 on the CPU, through a copy elsewhere.
+        here = tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        draw = tensor if here else torch.empty(tensor.shape, dtype=torch.float32)
+        draw.uniform_(-size, size, generator=generator) if kind == "uniform" else draw.normal_(
+            0, size, generator=generator
+        )
+        if not here:
+            tensor.copy_(draw)
+
+    with torch.no_grad():
+        if planned.kind == "embedding":
+            a.zero_()
+            fill(b, "normal", 1.0)
+            if init is False:
+                fill(a, "normal", 1.0)
+            return a, b
+        fan_in = math.prod(planned.shape[1:])
+        if init == "gaussian":
+            fill(a, "normal", 1 / planned.rank)
+        else:
+            fill(a, "uniform", 1 / math.sqrt(fan_in))
+        if init is False:
+            fill(b, "uniform", 1 / math.sqrt(planned.rank))
+    return a, b
+
+
+# ---- PEFT's way, for its special initialisations and variants ---------------------------------------------------------
+
+
+def _inject_through_peft(
+    model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None, initialise: bool
+) -> PeftModel:
+    config = build_config(model, plan)
+    name = plan.request.adapter_name
+    # PEFT recognises a quantized base by this flag alone; without it a 4-bit layer would be taken for a dense one.
+    if peft_model is None:
+        peft_model = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,assignment]
+    else:
+        peft_model.add_adapter(name, config)
+    assert peft_model is not None
+    plain = config.init_lora_weights in (True, False, "gaussian")
+    for planned in plan.layers:
+        layer = model.get_submodule(planned.name)
+        if _our_class(type(layer)) is not None:
+            layer = adopt(layer)  # type: ignore[arg-type]
+        if plain and initialise and isinstance(layer, EngineLayer):
+            a, b = layer.factor_parameters(name)
+            initial_values(a.data, b.data, planned, plan.request.seed, config.init_lora_weights)  # type: ignore[arg-type]
+    peft_model.set_adapter(name)
+    return peft_model
+
+
+def build_config(model: nn.Module, plan: AttachPlan) -> LoraConfig:
+    """Return the LoraConfig with which stock PEFT adapts exactly the plan's layers, rank for rank and alpha for alpha."""
+    request = plan.request
+    rank = Counter(layer.rank for layer in plan.layers).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in plan.layers).most_common(1)[0][0]
+    names = [layer.name for layer in plan.layers]
+    universe = _plain_names(model)
+    passed = {
+        k: v
+        for k, v in request.peft_fields.items()
+        if k not in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save", "task_type")
+    }
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=request.dropout,
+        target_modules=target_modules_for(names, universe),
+        rank_pattern=_pattern(plan.layers, "rank", rank, names),
+        alpha_pattern=_pattern(plan.layers, "alpha", alpha, names),
+        modules_to_save=list(plan.trained) or None,
+        task_type=plan.task_type,  # type: ignore[arg-type]
+        fan_in_fan_out=passed.pop("fan_in_fan_out", _only_transposed(model, names)),
+        **passed,
+    )
+
+
+def _only_transposed(model: nn.Module, names: Iterable[str]) -> bool:
+    """Return True if every adapted linear layer is transformers' Conv1D (PEFT then expects fan_in_fan_out=True)."""
+    return all(type(base_of(model.get_submodule(name))).__name__ == "Conv1D" for name in names)
+
+
+def _plain_names(model: nn.Module) -> list[str]:
+    """Return module names as they are without adapters: the inside of PEFT layers left out."""
+    names: list[str] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        inside = ()
+        if isinstance(module, LoraLayer) or hasattr(module, "modules_to_save"):
+            inside = (name + ".",)
+        names.append(name)
+    return names
+
+
+def _pattern(layers: Iterable[PlannedLayer], field: str, default: float, universe: list[str]) -> dict[str, Any]:
+    by_value: dict[Any, list[str]] = {}
+    for layer in layers:
+        if getattr(layer, field) != default:
+            by_value.setdefault(getattr(layer, field), []).append(layer.name)
+    return {key: value for value, names in by_value.items() for key in patterns_for(names, universe)}
+
+
+# ---- proof ------------------------------------------------------------------------------------------------------------
+
+
+def verify(model: nn.Module, plan: AttachPlan, peft_model: PeftModel, initialised: bool = True) -> None:
+    """Check that the model is as planned.
+
+    Raises:
+        VerificationError: a planned layer was not replaced, another one was, the trainable values are not those
+            planned, or the untrained adapter already changes the output.
+    """
+    name = plan.request.adapter_name
+    planned = {layer.name for layer in plan.layers}
+    carrying = {
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, LoraLayer) and (name in m.lora_A or name in m.lora_embedding_A)
+    }
+    if carrying != planned:
+        odd = sorted(carrying ^ planned)
+        raise VerificationError(f"{len(odd)} layers differ from the plan, the first is {odd[0]!r}.")
+    if plan.engine == "direct" and not plan.request.peft_fields.get("inference_mode"):
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if trainable != plan.trainable_parameters:
+            raise VerificationError(f"{trainable:,} values are trainable, planned were {plan.trainable_parameters:,}.")
+    plain = plan.request.peft_fields.get("init_lora_weights", True) in (True, "gaussian")
+    if initialised and plain:
+        for layer_name in planned:
+            layer: Any = model.get_submodule(layer_name)
+            values = layer.lora_embedding_A[name] if name in layer.lora_embedding_A else layer.lora_B[name].weight
+            if values.device.type != "meta" and torch.count_nonzero(values.detach()):
+                raise VerificationError(f"The new adapter of {layer_name!r} is not neutral.")
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Return the names of all LoRA adapters on a model."""
+    return {n for m in model.modules() if isinstance(m, LoraLayer) for n in (*m.lora_A, *m.lora_embedding_A)}
+
+
+def check_free_name(model: nn.Module, name: str) -> None:
+    """Raise RequestError if the model already carries an adapter called `name`."""
+    taken = adapter_names(model)
+    if name in taken:
+        raise RequestError(
+            f"The model already carries an adapter named {name!r}. Give the new one another adapter_name, or detach "
+            f"the old one first."
+        )
+
+
+def fallbacks(model: nn.Module, plan: AttachPlan) -> Mapping[str, str]:
+    """Return module name -> reason, of layers that stock PEFT code runs because no class of ours covers them."""
+    found = {}
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        if not isinstance(module, EngineLayer):
+            found[layer.name] = f"PEFT's own {type(module).__name__}"
+        elif plan.request.adapter_name in module.lora_variant:
+            variant = type(module.lora_variant[plan.request.adapter_name]).__name__
+            found[layer.name] = f"PEFT's {variant}"
+    return found
+
+
+def warn(message: str) -> None:
+    """Tell the user something that does not stop the run."""
+    warnings.warn(message, LoraAdaptersWarning, stacklevel=3)

@@ -1,0 +1,157 @@
+"""What all adapter layers share: building without PEFT's injection, and one merge for every store."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from ..errors import MergeError
+from ..weights import store_for
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapter's part in one layer.
+
+    Attributes:
+        a: lora_A as PEFT shapes it: (rank, in) linear, (rank, in / groups, *kernel) conv, (rank, rows) embedding.
+        b: lora_B: (out, rank) linear, (out, rank, 1...) conv, (dim, rank) embedding.
+        rank, alpha, scaling: as in the plan.
+        dropout: probability.
+        rslora: True if scaling is alpha / sqrt(rank).
+        bias: lora_B's bias (out,), or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float = 0.0
+    rslora: bool = False
+    bias: torch.Tensor | None = None
+
+
+class EngineLayer(LoraLayer):
+    """Mixin placed before a PEFT LoRA layer class.
+
+    Forward is the parent's: y = base(x) + scaling * B(A(dropout(x))) for every active adapter. Merging swaps the base
+    module for a dense one that holds dequant(W) + scaling * B @ A and keeps the old module aside, so that unmerging
+    gives back the very same module, bit for bit, whatever the store.
+    """
+
+    #: The base module set aside while merged, in a tuple so that nn.Module does not register it.
+    _aside: tuple[nn.Module, ...] = ()
+    #: adapter_layer_names entries that hold A and B for this kind of layer.
+    factor_names: tuple[str, str] = ("lora_A", "lora_B")
+
+    if TYPE_CHECKING:
+        # What a layer class brings: where its factors live, and scaling * B @ A in the base weight's own layout.
+        def _set_factors(self, name: str, factors: Factors) -> None: ...
+        def get_delta_weight(self, adapter: str) -> torch.Tensor: ...
+
+    @classmethod
+    def wrap(cls, base: nn.Module) -> EngineLayer:
+        """Return a layer around `base` with no adapter yet."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)  # type: ignore[arg-type]
+        LoraLayer.__init__(layer, base)
+        layer._active_adapter = []
+        layer._prepare(base)
+        return layer
+
+    def _prepare(self, base: nn.Module) -> None:
+        """Set the attributes that the parent's __init__ would set."""
+
+    def add_factors(self, name: str, factors: Factors) -> None:
+        """Add one adapter. The tensors become parameters as they are: same device, same dtype, trainable."""
+        self.r[name] = factors.rank
+        self.lora_alpha[name] = factors.alpha
+        self.scaling[name] = factors.scaling
+        self.use_rslora[name] = factors.rslora
+        self.use_dora[name] = False
+        self.lora_bias[name] = factors.bias is not None
+        self.lora_dropout[name] = nn.Dropout(factors.dropout) if factors.dropout else nn.Identity()
+        self._set_factors(name, factors)
+
+    def factor_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the parameters A and B of one adapter."""
+        a, b = (getattr(self, attribute)[name] for attribute in self.factor_names)
+        return (a if isinstance(a, nn.Parameter) else a.weight), (b if isinstance(b, nn.Parameter) else b.weight)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base. The result is always checked to be finite, so `safe_merge` changes nothing.
+
+        Args:
+            safe_merge: kept for PEFT's signature.
+            adapter_names: which adapters; None means the active ones.
+
+        Raises:
+            MergeError: the merged weight is not finite, or a bias has nowhere to go. The layer is unchanged.
+        """
+        wanted = adapter_names or list(self.active_adapters)
+        names = [n for n in wanted if n in getattr(self, self.factor_names[0]) and n not in self.merged_adapters]
+        if not names:
+            return
+        original = self._aside[0] if self._aside else self.base_layer
+        merged = self._merged_base(original, [*self.merged_adapters, *names])
+        self._aside = (original,)
+        self.base_layer = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original base module back."""
+        if not self._aside:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        device = next(self.base_layer.parameters()).device
+        self.base_layer = self._aside[0].to(device)
+        self._aside = ()
+        self.merged_adapters.clear()
+
+    def _merged_base(self, original: nn.Module, names: list[str]) -> nn.Module:
+        store = store_for(original)
+        if store is None:
+            raise MergeError(f"Can't merge into a {type(original).__name__}: its weight can't be read.")
+        with torch.no_grad():
+            # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
+            wide = torch.promote_types(store.dtype, torch.float32)
+            merged = store.dense_module(store.read(wide))
+            weight = merged.weight.data
+            bias = None if merged.bias is None else merged.bias.data if hasattr(merged, "bias") else None
+            for name in names:
+                if name in self.lora_variant:
+                    variant: Any = self.lora_variant[name]
+                    weight = variant.merge_safe(self, name, weight)
+                else:
+                    weight = weight + self.get_delta_weight(name).to(wide)
+                bias = self._merged_bias(name, bias)
+            weight = weight.to(store.dtype)
+            if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
+                raise MergeError(f"Merging {names} gives values that are not finite. Nothing was merged here.")
+            merged.weight = nn.Parameter(weight, requires_grad=False)
+            if bias is not None and merged.bias is not None:
+                merged.bias = nn.Parameter(bias.to(merged.bias.dtype), requires_grad=False)
+        return merged
+
+    def _merged_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.lora_bias.get(name):
+            return bias
+        if bias is None:
+            raise MergeError(f"Adapter {name!r} has a bias (lora_bias=True), and the base layer has none to take it.")
+        return bias + self.lora_B[name].bias * self.scaling[name]  # type: ignore[operator,union-attr]
+
+
+def bare_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """Return an nn.Linear around a tensor, without the time and random numbers that its own initialisation takes."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    return layer

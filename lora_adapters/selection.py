@@ -1,0 +1,189 @@
+"""Which modules a request means: role expressions, names, regular expressions, layer subsets, per-target ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from .errors import NoTargetError, RequestError
+from .request import AttachRequest, check_pattern
+from .targets import GROUPS, Classification, expand
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one module. `named` is True if the user named it and did not just name a role."""
+
+    role: str
+    rank: int
+    alpha: float
+    named: bool = False
+
+
+def select(request: AttachRequest, names: Iterable[str], classes: Classification) -> dict[str, Choice]:
+    """Return module name -> Choice, in the model's order.
+
+    Args:
+        request: what the user asked for.
+        names: names of all modules that could carry an adapter, in the model's order.
+        classes: their roles.
+
+    Raises:
+        NoTargetError: a word, name or pattern matches nothing.
+    """
+    names = list(names)
+    matcher = _Matcher(names, classes)
+    default = Choice("", request.rank, request.rank if request.alpha is None else request.alpha)
+    chosen: dict[str, Choice] = {}
+    for key, rank, alpha in _entries(request, classes):
+        choice = default
+        if rank is not None:
+            # A rank of its own keeps the request's scale: alpha follows the rank unless alpha was given.
+            choice = replace(default, rank=rank, alpha=rank if request.alpha is None else request.alpha)
+        if alpha is not None:
+            choice = replace(choice, alpha=alpha)
+        matched, named = matcher.peft(key) if request.peft_targets else matcher.match(key)
+        for name in matched:
+            chosen[name] = replace(choice, role=classes.roles.get(name, "other"), named=named)
+    chosen = _apply_peft_patterns(request, chosen)
+    chosen = _drop_excluded(request, matcher, chosen)
+    chosen = _keep_layers(request, chosen)
+    return {name: chosen[name] for name in names if name in chosen}
+
+
+def _entries(request: AttachRequest, classes: Classification) -> list[tuple[object, int | None, float | None]]:
+    targets = request.targets
+    if request.peft_targets and not isinstance(targets, Mapping):
+        return [(targets, None, None)]
+    if isinstance(targets, str):
+        return [(classes.default if targets == "auto" else targets, None, None)]
+    if isinstance(targets, Mapping):
+        return [
+            (key, value.get("rank"), value.get("alpha")) if isinstance(value, Mapping) else (key, value, None)
+            for key, value in targets.items()
+        ]
+    return [(key, None, None) for key in targets]
+
+
+class _Matcher:
+    def __init__(self, names: list[str], classes: Classification) -> None:
+        self.names, self.classes = names, classes
+        self.by_role: dict[str, list[str]] = {}
+        for name in names:
+            self.by_role.setdefault(classes.roles.get(name, "other"), []).append(name)
+
+    def match(self, key: object) -> tuple[list[str], bool]:
+        """Return the modules a key of `targets` means and whether it names modules rather than roles."""
+        key = str(key)
+        if key.startswith("re:"):
+            return self._required(key, check_pattern(key[3:]).search), True
+        words = [word.strip() for word in key.split("+")]
+        if all(expand(word) for word in words):
+            return self._roles(words), False
+        found = [name for name in self.names if name == key or name.endswith("." + key)]
+        if found:
+            return found, True
+        raise NoTargetError(self._nothing(key, words))
+
+    def _roles(self, words: list[str]) -> list[str]:
+        found: list[str] = []
+        for word in words:
+            modules = [name for role in expand(word) or () for name in self.by_role.get(role, ())]
+            if not modules:
+                raise NoTargetError(self._no_role(word))
+            found += modules
+        return found
+
+    def _no_role(self, word: str) -> str:
+        have = ", ".join(f"{role} ({len(names)})" for role, names in self.by_role.items())
+        fused = next((f for f in ("qkv", "kv") if word in f and f in self.by_role), None)
+        if fused:
+            example = self.by_role[fused][0]
+            return f"This model has no separate {word!r}: {example!r} holds {fused} in one layer. Ask for {fused!r}."
+        return f"This model has no module with role {word!r}. It has: {have or 'none'}."
+
+    def _nothing(self, key: str, words: list[str]) -> str:
+        suffixes = sorted({name.rpartition(".")[2] for name in self.names})
+        known = [*GROUPS, *self.by_role]
+        bad = next((word for word in words if not expand(word)), key)
+        near = get_close_matches(bad, [*known, *suffixes], n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
+        return (
+            f"targets {key!r} match no layer.{hint} Roles of this model: {', '.join(known)}. "
+            f"Layer names end in: {', '.join(suffixes[:20])}{' ...' if len(suffixes) > 20 else ''}."
+        )
+
+    def _required(self, key: str, test: Callable[[str], object]) -> list[str]:
+        found = [name for name in self.names if test(name)]
+        if not found:
+            raise NoTargetError(self._nothing(key, [key]))
+        return found
+
+    def peft(self, key: object) -> tuple[list[str], bool]:
+        """Return the modules PEFT's target_modules means: a full match of a string, suffixes of a list."""
+        if isinstance(key, str):
+            if key == "all-linear":
+                roles = (*GROUPS["all-linear"], "router")
+                return [n for n in self.names if self.classes.roles.get(n, "other") in roles], False
+            return self._required(key, check_pattern(key).fullmatch), True
+        keys: list[str] = list(key)  # type: ignore[call-overload]
+        found: list[str] = []
+        for one in keys:
+            found += self._required(one, lambda name, one=one: name == one or name.endswith("." + one))
+        return found, True
+
+    def excluded(self, key: str) -> list[str]:
+        if key.startswith("re:"):
+            return [name for name in self.names if check_pattern(key[3:]).search(name)]
+        if expand(key):
+            return [name for role in expand(key) or () for name in self.by_role.get(role, ())]
+        return [name for name in self.names if name == key or name.endswith("." + key) or name.startswith(key + ".")]
+
+
+def _apply_peft_patterns(request: AttachRequest, chosen: dict[str, Choice]) -> dict[str, Choice]:
+    """Apply PEFT's rank_pattern and alpha_pattern: each key must match the end of a module's name."""
+    for field, value_name in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+        for key, value in (request.peft_fields.get(field) or {}).items():
+            pattern = check_pattern(rf"(.*\.)?({key.removeprefix('^')})$")
+            matched = [name for name in chosen if pattern.match(name)]
+            if not matched:
+                raise NoTargetError(f"{field} key {key!r} matches none of the {len(chosen)} chosen layers.")
+            for name in matched:
+                chosen[name] = replace(chosen[name], **{value_name: value})
+    return chosen
+
+
+def _drop_excluded(request: AttachRequest, matcher: _Matcher, chosen: dict[str, Choice]) -> dict[str, Choice]:
+    for key in request.exclude:
+        excluded = matcher.excluded(key)
+        if not excluded:
+            raise NoTargetError(f"exclude {key!r} matches no layer of this model.")
+        for name in excluded:
+            chosen.pop(name, None)
+    if not chosen:
+        raise NoTargetError("exclude leaves no layer to adapt.")
+    return chosen
+
+
+def layer_index(name: str, pattern: str | None = None) -> int | None:
+    """Return the index of the repeated block a module is in: the first number in its dotted name, else None."""
+    match = re.search(rf"(?:^|\.){pattern}\.(\d+)\." if pattern else r"(?:^|\.)(\d+)\.", name + ".")
+    return int(match.group(1)) if match else None
+
+
+def _keep_layers(request: AttachRequest, chosen: dict[str, Choice]) -> dict[str, Choice]:
+    if request.layers is None:
+        return chosen
+    patterns = request.peft_fields.get("layers_pattern")
+    pattern = "|".join(f"(?:{p})" for p in ([patterns] if isinstance(patterns, str) else patterns or ()))
+    index = {name: layer_index(name, f"(?:{pattern})" if pattern else None) for name in chosen}
+    blocks = sorted({i for i in index.values() if i is not None})
+    if not blocks:
+        raise NoTargetError("layers was given, but no chosen layer is inside a numbered block.")
+    count = blocks[-1] + 1
+    wanted = {i + count if i < 0 else i for i in request.layers}
+    if missing := sorted(wanted - set(blocks)):
+        raise RequestError(f"layers {missing} hold no chosen layer; there are blocks {blocks[0]} to {blocks[-1]}.")
+    return {name: choice for name, choice in chosen.items() if index[name] in wanted}
