@@ -1,0 +1,60 @@
+# Every target sets up what it needs in .venv; the first run downloads PyTorch (a few minutes).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint types contracts unit sweep bench test-oldest clean
+
+demo: $(VENV)/.demo
+	$(BIN)/lora-adapters demo
+
+test: lint types contracts unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+# Two workers with one thread each: the tests are small, and idle threads of one worker would slow the other.
+unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+sweep: $(VENV)/.dev
+	$(BIN)/python benchmarks/sweep_targets.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/attach.py
+	$(BIN)/python benchmarks/merge.py
+
+# The oldest supported versions (see tests/oldest.txt).
+test-oldest: .venv-oldest/.done
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q -n 2 --dist loadfile
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e ".[dev]" -e examples/third_party_plugin
+	touch $@ $(VENV)/.demo
+
+.venv-oldest/.done: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --upgrade pip
+	.venv-oldest/bin/python -m pip install -q -c tests/oldest.txt -e ".[dev]" -e examples/third_party_plugin
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest build dist
