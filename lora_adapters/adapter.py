@@ -1,0 +1,249 @@
+"""The handle a user keeps of one attached adapter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+
+from . import checkpoint, inject, merge
+from .errors import RequestError, StateError
+from .hooks.manager import plugins
+from .planning import AttachPlan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .snapshot import Changes
+
+
+class _State:
+    """What is known of one base model: its PeftModel, its adapters in the order they came, and how to take them off."""
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        self.peft_model = peft_model
+        self.adapters: dict[str, Adapter] = {}
+        self.changes: list[Changes] = []
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+
+
+def peft_model_of(base: nn.Module) -> PeftModel | None:
+    """Return the PeftModel that earlier calls put around `base`, or None."""
+    state = _states.get(base)
+    return state.peft_model if state else None
+
+
+class Adapter:
+    """One attached adapter. Made by `attach` and `restore`.
+
+    Attributes:
+        name: the adapter's name.
+        model: the `peft.PeftModel` around the base model; give this one to Trainer and other tools.
+        plan: what was attached.
+    """
+
+    def __init__(self, base: nn.Module, peft_model: PeftModel, plan: AttachPlan, changes: Changes) -> None:
+        self.name = plan.request.adapter_name
+        self.plan = plan
+        self._base: nn.Module | None = base
+        self._merged_away = False
+        if base not in _states or _states[base].peft_model is not peft_model:
+            _states[base] = _State(peft_model)
+        state = _states[base]
+        state.adapters[self.name] = self
+        state.changes.append(changes)
+
+    def __repr__(self) -> str:
+        state = "merged into its base" if self._merged_away else "detached" if self._base is None else "attached"
+        return f"<Adapter {self.name!r}, {len(self.plan.layers)} layers, {state}>"
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> nn.Module:
+        """Return the adapted base model."""
+        if self._base is None:
+            how = "merged into its base and unloaded" if self._merged_away else "detached"
+            raise StateError(f"Adapter {self.name!r} was {how}: attach or restore it again.")
+        return self._base
+
+    @property
+    def _state(self) -> _State:
+        return _states[self.base]
+
+    @property
+    def model(self) -> PeftModel:
+        """Return the PeftModel over the same modules."""
+        return self._state.peft_model
+
+    @property
+    def layers(self) -> dict[str, LoraLayer]:
+        """Return module name -> adapter layer."""
+        return {layer.name: self.base.get_submodule(layer.name) for layer in self.plan.layers}  # type: ignore[misc]
+
+    @property
+    def merged(self) -> bool:
+        """Return True while this adapter is folded into the base."""
+        return any(self.name in layer.merged_adapters for layer in self.layers.values())
+
+    def summary(self) -> str:
+        """Return a table of what is adapted, what runs it, what is skipped and why."""
+        from .report.plan_table import render
+
+        return render(self.plan, inject.fallbacks(self.base, self.plan))
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Iterate over the parameters that this adapter trains."""
+        return (p for p in self.base.parameters() if p.requires_grad)
+
+    def norms(self) -> dict[str, float]:
+        """Return the mean Frobenius norm of scaling * B @ A over all layers and its largest value."""
+        norms = [update_norm(layer, self.name) for layer in self.layers.values()]
+        values = torch.stack(norms)
+        return {"mean": values.mean().item(), "max": values.max().item()}
+
+    # ---- switching ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disabled(self) -> Iterator[PeftModel]:
+        """Within this context the model computes as if no adapter were attached."""
+        with self.model.disable_adapter():
+            yield self.model
+
+    def scale(self, factor: float) -> None:
+        """Set this adapter's strength: its scaling becomes the planned one times `factor`."""
+        if self.merged:
+            raise StateError("The adapter is merged: unmerge it before changing its scale.")
+        from .request import check_alpha
+
+        check_alpha(factor, "factor")
+        layers = self.layers
+        for planned in self.plan.layers:
+            layers[planned.name].scaling[self.name] = planned.scaling * factor
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the adapter as a PEFT checkpoint folder: adapter_config.json and adapter_model.safetensors.
+
+        The files are staged and put in place as one act: an interrupted save leaves the earlier checkpoint as it was.
+
+        Args:
+            path: folder; made if missing. Other files in it stay.
+
+        Returns:
+            The folder.
+        """
+        if self.merged:
+            raise StateError("The adapter is merged into the base: unmerge it before saving.")
+        metadata: dict[str, Any] = {}
+        plugins().notify("lora_adapters_saving", adapter=self, path=str(path), metadata=metadata)
+        return checkpoint.save(self.model, self.name, Path(path), metadata)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
+        """Save to a temporary folder and upload it to the Hub.
+
+        Args:
+            repo_id: "name/repo"; created if missing.
+            private: make a new repository private.
+            token: Hub token; None takes the one of the login.
+            options: passed to `huggingface_hub.HfApi.upload_folder`.
+
+        Returns:
+            The commit's address.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+
+    # ---- merging and leaving ------------------------------------------------------------------------------------------
+
+    def merge(self, unload: bool = False) -> nn.Module:
+        """Fold the adapter into the base weights: all layers or none.
+
+        A quantized base layer becomes a dense one in its compute dtype, since quantizing the sum again would lose most
+        of a small update. The old modules are kept aside for `unmerge`; with `unload=True` they are let go.
+
+        Args:
+            unload: also remove the adapter layers, which gives back a plain model at the base's own speed.
+
+        Returns:
+            The base model.
+
+        Raises:
+            MergeError: the result would not be finite. Nothing is merged then.
+        """
+        if self.merged and not unload:
+            raise StateError(f"Adapter {self.name!r} is merged already.")
+        base = self.base
+        merge.merge(self.model, base, [self.name])
+        if unload:
+            others = [name for name in inject.adapter_names(base) if name != self.name]
+            if others:
+                merge.unmerge(self.layers.values())
+                raise RequestError(
+                    f"The model also carries {', '.join(map(repr, sorted(others)))}: unloading would drop them. "
+                    "Detach them first."
+                )
+            merge.unload(self.model)
+            self._state.changes.clear()
+            del _states[base]
+            self._base, self._merged_away = None, True
+        plugins().notify("lora_adapters_merged", adapter=self, unload=unload)
+        return base
+
+    def unmerge(self) -> None:
+        """Give the base its own modules back, bit for bit."""
+        if not self.merged:
+            raise StateError(f"Adapter {self.name!r} is not merged.")
+        merge.unmerge(self.layers.values())
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and give the model its original modules back, bit for bit.
+
+        A base that `attach` quantized stays quantized: its dense weights were let go.
+
+        Returns:
+            The base model.
+        """
+        base, state = self.base, self._state
+        if self.merged:
+            self.unmerge()
+        del state.adapters[self.name]
+        if inject.adapter_names(base) == {self.name}:
+            for changes in reversed(state.changes):
+                changes.revert()
+            del _states[base]
+        else:
+            state.peft_model.delete_adapter(self.name)
+            inject.unwrap_empty(base)
+        self._base = None
+        return base
+
+
+def update_norm(layer: LoraLayer, name: str) -> torch.Tensor:
+    """Return the Frobenius norm of scaling * B @ A in float32, without forming the product.
+
+    |BA|^2 = trace((A A^T)(B^T B)), which needs rank x rank matrices only.
+    """
+    if name in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    else:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[assignment,union-attr]
+    a, b = a.detach().float().flatten(1), b.detach().float().flatten(1)  # type: ignore[assignment]
+    square = ((a @ a.T) * (b.T @ b)).sum().clamp_min(0)
+    return abs(layer.scaling[name]) * square.sqrt()

@@ -1,0 +1,192 @@
+"""The functions a user calls: argument handling only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoint, inject
+from .adapter import Adapter, peft_model_of
+from .errors import LoraAdaptersError, RequestError
+from .hooks.manager import load_object, plugins, require
+from .planning import AttachPlan, make_plan, unwrap
+from .request import _UNSET, AttachRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def plan(model: nn.Module, rank: int = _UNSET, *, targets: Any = _UNSET, config: Any = None, **options: Any) -> AttachPlan:
+    """Return what `attach` would do with the same arguments. Changes nothing; works on a meta-device model.
+
+    Print it for a table; `.memory(batch_size, sequence_length)` predicts what a training step takes.
+    """
+    return make_plan(model, AttachRequest.make(config, rank=rank, targets=targets, **options))
+
+
+def attach(
+    model: nn.Module,
+    rank: int = _UNSET,
+    alpha: float | None = _UNSET,
+    targets: str | Sequence[str] | Mapping[str, Any] = _UNSET,
+    dropout: float = _UNSET,
+    quantization: Any = _UNSET,
+    adapter_name: str = _UNSET,
+    modules_to_save: Sequence[str] | None = _UNSET,
+    config: Any = None,
+    *,
+    progress: bool | None = None,
+    **lora_config_fields: Any,
+) -> Adapter:
+    r"""Attach a LoRA adapter to a model, in place.
+
+    Args:
+        model: any nn.Module, or a PeftModel that carries LoRA.
+        rank: rank of A and B (default 16).
+        alpha: scale times rank; None (default) means alpha = rank, a scale of 1.
+        targets: what to adapt. "auto" (default): the target map's choice for this model. A role expression:
+            "attention", "attention+mlp", "all-linear", "conv", "q+v". Names: ["q_proj", "v_proj"]. A mapping of any of
+            these to a rank or {"rank": r, "alpha": a}; later entries override earlier ones. "re:..." is a regular
+            expression searched in module names.
+        dropout: probability of zeroing an input of A.
+        quantization: None, "nf4", "fp4", "int8", a plugin's quantizer, a BitsAndBytesConfig, or a mapping role ->
+            quantizer. Quantizes the base in memory, one layer at a time; heads and embeddings stay dense.
+        adapter_name: a second adapter needs another name; the new one becomes the active one.
+        modules_to_save: modules to train and save whole. None (default) takes a new task head, if the model has one.
+        config: a peft.LoraConfig instead of the arguments above.
+        progress: show a progress bar while quantizing; None shows it in a terminal.
+        **lora_config_fields: also `layers` (block indices), `exclude` (names), `seed`, `dtype`; PEFT's names for the
+            arguments above (`r`, `lora_alpha`, `target_modules`, ...); and any other field of peft.LoraConfig.
+
+    Returns:
+        The adapter's handle. `adapter.model` is a PeftModel over the same modules.
+
+    Raises:
+        RequestError: a wrong or contradictory argument. UnsupportedError: it can't be done here.
+        MissingDependencyError: an optional package is missing. The model is unchanged in each case.
+    """
+    request = AttachRequest.make(
+        config,
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        dropout=dropout,
+        quantization=quantization,
+        adapter_name=adapter_name,
+        modules_to_save=modules_to_save,
+        **lora_config_fields,
+    )
+    base = unwrap(model)
+    inject.check_free_name(base, request.adapter_name)
+    made = make_plan(model, request)
+    with _progress("Quantizing", progress) as report:
+        inject.quantize(base, made, report)
+    return _finish(model, base, made)
+
+
+def _finish(model: nn.Module, base: nn.Module, made: AttachPlan) -> Adapter:
+    peft_model: Any = peft_model_of(base)
+    if peft_model is None and unwrap(model) is not getattr(model, "_orig_mod", model):
+        peft_model = getattr(model, "_orig_mod", model)
+    if peft_model is not None and peft_model.active_peft_config.is_prompt_learning:
+        peft_model = None
+    peft_model, changes = inject.apply(base, made, peft_model)
+    adapter = Adapter(base, peft_model, made, changes)
+    plugins().notify("lora_adapters_attached", adapter=adapter, plan=made)
+    return adapter
+
+
+class _progress:
+    """A progress bar on stderr that appears in a terminal, or when asked for."""
+
+    def __init__(self, title: str, show: bool | None) -> None:
+        import sys
+
+        self.title, self.show = title, sys.stderr.isatty() if show is None else show
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        if not self.show:
+            return None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True), transient=True)
+        self.bar.start()
+        task = self.bar.add_task(self.title)
+        return lambda done, total: self.bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self.show:
+            self.bar.stop()
+
+
+def restore(
+    model: nn.Module, path: str | Path, adapter_name: str = "default", revision: str | None = None
+) -> Adapter:
+    """Attach a saved adapter. Everything in the files is checked before the model is touched.
+
+    Args:
+        model: the base the adapter was trained on, dense or quantized.
+        path: a PEFT checkpoint folder, or a Hub name.
+        adapter_name: name the adapter gets here.
+        revision: Hub revision.
+
+    Raises:
+        CheckpointError: the files are damaged, unsafe, incomplete or made for another model. The model is unchanged.
+    """
+    base = unwrap(model)
+    inject.check_free_name(base, adapter_name)
+    return checkpoint.restore(model, base, path, adapter_name, revision)
+
+
+def load(
+    name: str,
+    backend: str | None = None,
+    quantization: Any = None,
+    dtype: torch.dtype | str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Load a base model through a backend, quantized if asked, after checking that it fits in memory.
+
+    Args:
+        name: Hub name or folder.
+        backend: "transformers", ...; None tries each backend that can load by name.
+        quantization: None, "nf4", "fp4", "int8", a BitsAndBytesConfig or a mapping role -> quantizer.
+        dtype: dtype of dense weights; "auto" takes the checkpoint's.
+        device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator if there is one.
+        revision: Hub revision.
+        trust_remote_code: run code that the checkpoint brings. Off unless you trust its author.
+        **options: backend specific, such as `task="text-classification"` or `num_labels=` for transformers.
+
+    Raises:
+        DoesNotFitError: it needs more memory than is free; the message lists settings that would fit.
+        RequestError, MissingDependencyError: a wrong argument, or a missing package.
+    """
+    specs = plugins().backends()
+    if backend is not None:
+        specs = [spec for spec in specs if spec.name == backend]
+        if not specs:
+            known = ", ".join(spec.name for spec in plugins().backends()) or "none"
+            raise RequestError(f"There is no backend {backend!r}. Installed: {known}.")
+    errors: list[str] = []
+    for spec in specs:
+        require(spec.requires, spec.extra, f"Backend {spec.name!r}")
+        loader = load_object(spec.target)()
+        if not loader.can_load(name, revision=revision) and backend is None:
+            errors.append(f"{spec.name} does not recognise it")
+            continue
+        return loader.load(
+            name,
+            quantization=quantization,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    raise LoraAdaptersError(f"No backend can load {name!r}: {'; '.join(errors) or 'no backend is installed'}.")

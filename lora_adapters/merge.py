@@ -1,0 +1,58 @@
+"""Merging a whole model's layers: all of them or none. What one layer does is in layers/engine.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from .errors import MergeError
+
+
+def merge(peft_model: PeftModel, base: nn.Module, names: list[str]) -> None:
+    """Merge adapters into every layer that carries them.
+
+    Raises:
+        MergeError: one layer can't be merged; those merged before it have been unmerged again.
+    """
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+    fresh = {n: m for n, m in layers.items() if _carried(m, names) and not m.merged}
+    _check_finite(fresh, names)
+    done: list[LoraLayer] = []
+    for name, layer in fresh.items():
+        try:
+            layer.merge(safe_merge=True, adapter_names=_carried(layer, names))
+        except Exception as error:
+            unmerge(done)
+            raise MergeError(f"{name!r} can't be merged, so nothing was: {error}") from error
+        done.append(layer)
+
+
+def _carried(layer: LoraLayer, names: Iterable[str]) -> list[str]:
+    return [n for n in names if n in layer.lora_A or n in layer.lora_embedding_A]
+
+
+def _check_finite(layers: dict[str, LoraLayer], names: list[str]) -> None:
+    """Look at the small factors first: a broken adapter is then refused before any large weight is touched."""
+    for layer_name, layer in layers.items():
+        for name, parameter in layer.named_parameters():
+            if any(f".{adapter}" in name for adapter in names) and not torch.isfinite(parameter).all():
+                raise MergeError(
+                    f"{layer_name}.{name} holds values that are not finite, so nothing was merged. Training has "
+                    "diverged, or the file is damaged: use an earlier checkpoint."
+                )
+
+
+def unmerge(layers: Iterable[LoraLayer]) -> None:
+    """Unmerge every merged layer of `layers`."""
+    for layer in layers:
+        if layer.merged:
+            layer.unmerge()
+
+
+def unload(peft_model: PeftModel) -> nn.Module:
+    """Replace every adapter layer by its (merged) base module and return the plain model."""
+    return peft_model.merge_and_unload(progressbar=False)  # type: ignore[operator]

@@ -1,0 +1,83 @@
+"""A plan or an attached adapter as a table of plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..planning import AttachPlan, PlannedLayer
+
+
+def size(count: float) -> str:
+    """Return bytes in a readable unit (binary prefixes)."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def _general(name: str) -> str:
+    """Return a module's name with its numbers as '*', so that repeated blocks share a row."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def render(plan: AttachPlan, fallbacks: Mapping[str, str] | None = None, width: int = 120) -> str:
+    """Return the plan as text: what is adapted, by which layer, what is skipped and why."""
+    console = Console(file=StringIO(), width=width, no_color=True, highlight=False)
+    console.print(_headline(plan), markup=False)
+    console.print(_layers_table(plan, fallbacks or {}))
+    if plan.skipped:
+        console.print(_skipped_table(plan))
+    if plan.trained:
+        console.print(f"Trained and saved whole: {', '.join(plan.trained)}", markup=False)
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _headline(plan: AttachPlan) -> str:
+    share = plan.trainable_parameters / max(1, plan.total_parameters + plan.adapter_parameters)
+    formats = sorted({*plan.quantize.values()})
+    quantized = f"; {len(plan.quantize)} base layers stored as {'/'.join(formats)}" if formats else ""
+    return (
+        f"Adapter {plan.request.adapter_name!r} on {plan.family} ({plan.backend}): {len(plan.layers)} layers, "
+        f"{plan.trainable_parameters:,} trainable of {plan.total_parameters:,} values ({share:.2%}){quantized}"
+    )
+
+
+def _layers_table(plan: AttachPlan, fallbacks: Mapping[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("role", "layers", "count", "shape", "rank", "scale", "base", "base size", "run by"):
+        table.add_column(column, justify="right" if column in ("count", "rank", "scale", "base size") else "left")
+    groups: dict[tuple, list[PlannedLayer]] = {}
+    for layer in plan.layers:
+        by = fallbacks.get(layer.name) or ("PEFT's injection" if layer.engine == "peft" else "this package")
+        key = (layer.role, _general(layer.name), layer.shape, layer.rank, layer.scaling, layer.format, by)
+        groups.setdefault(key, []).append(layer)
+    for (role, name, shape, rank, scaling, fmt, by), layers in groups.items():
+        total = size(sum(layer.weight_bytes for layer in layers))
+        table.add_row(
+            role, name, str(len(layers)), " x ".join(map(str, shape)), str(rank), f"{scaling:g}", fmt, total, by
+        )
+    return table
+
+
+def _skipped_table(plan: AttachPlan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("role", "not adapted", "count", "why"):
+        table.add_column(column, justify="right" if column == "count" else "left")
+    groups: dict[tuple[str, str, str], int] = {}
+    for layer in plan.skipped:
+        key = (layer.role, _general(layer.name), layer.reason)
+        groups[key] = groups.get(key, 0) + 1
+    for (role, name, reason), count in groups.items():
+        table.add_row(role, name, str(count), reason)
+    return table
