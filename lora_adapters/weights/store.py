@@ -54,7 +54,7 @@ class WeightStore(Protocol):
         ...
 
     def dense_module(self, weight: torch.Tensor) -> nn.Module:
-        """Return a new dense module (nn.Linear, nn.Conv2d, ...) with this weight and the old module's settings and bias.
+        """Return a new dense module (nn.Linear, nn.Conv2d, ...) with this weight and the old one's settings and bias.
 
         The module itself stays as it is.
         """
