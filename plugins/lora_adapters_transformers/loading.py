@@ -1,0 +1,173 @@
+"""Loads transformers models, quantized by transformers' own loading, after checking that they fit in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from lora_adapters.errors import LoraAdaptersError, RequestError
+from lora_adapters.hooks.manager import require
+from lora_adapters.inject import quantize
+from lora_adapters.planning import make_plan, quantized_layers
+from lora_adapters.preflight import check_load
+from lora_adapters.request import AttachRequest
+from lora_adapters.weights import guard_cpu_repacking
+
+#: Task -> the Auto class that loads a model with the right head.
+TASKS: Mapping[str, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "feature-extraction": "AutoModel",
+}
+#: Formats that transformers quantizes while it reads the weights.
+_WHILE_READING = ("nf4", "fp4", "int8")
+
+
+def load(
+    name: str,
+    *,
+    quantization: Any,
+    dtype: torch.dtype | str,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    task: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a model; see `lora_adapters.load`. `options` are fields of its config, such as num_labels."""
+    target = pick_device(device)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _config(name, options, source)
+    auto = _auto_class(config, task)
+    dtype = _dtype(dtype, config, target)
+    with torch.device("meta"):
+        skeleton = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    formats = quantized_layers(skeleton, quantization) if quantization is not None else {}
+    if formats:
+        require(("bitsandbytes",), "bnb", f"quantization={quantization!r}")
+    check_load(skeleton, formats, name=name, revision=revision, dtype=dtype, device=target)
+    bnb = _bnb_config(quantization, skeleton, formats, dtype)
+    if bnb is not None:
+        source["quantization_config"] = bnb
+    model = auto.from_pretrained(name, config=config, dtype=dtype, device_map={"": target}, **source)
+    guard_cpu_repacking(model)
+    if formats and bnb is None:
+        request = AttachRequest.make(quantization=quantization, targets="all-linear")
+        quantize(model, make_plan(model, request))
+    return model
+
+
+def can_load(name: str, revision: str | None = None) -> bool:
+    """Return True if `name` has a configuration that transformers knows."""
+    try:
+        AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device to use; "auto" takes an accelerator if there is one.
+
+    Raises:
+        RequestError: the device is not there.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise RequestError(f"{device!r} is no device. Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted.type, True):
+        raise RequestError(f"device={device!r} was asked for, but PyTorch sees no such device here. Use device='auto'.")
+    return wanted
+
+
+def _config(name: str, options: dict[str, Any], source: dict[str, Any]) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+    except (OSError, ValueError) as error:
+        raise LoraAdaptersError(f"{name!r} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    known = {*config.to_dict(), "num_labels", "id2label", "label2id", "attn_implementation"}
+    for key in options:
+        if key not in known and not hasattr(config, key):
+            near = get_close_matches(key, sorted(known), n=1)
+            raise RequestError(
+                f"{type(config).__name__} has no field {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+            )
+    return AutoConfig.from_pretrained(name, **source, **options) if options else config
+
+
+def _auto_class(config: PretrainedConfig, task: str | None) -> Any:
+    if task is not None:
+        if task not in TASKS:
+            near = get_close_matches(task, TASKS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RequestError(f"Unknown task {task!r}.{hint} Tasks: {', '.join(TASKS)}.")
+        return getattr(transformers, TASKS[task])
+    for architecture in config.architectures or ():
+        for auto in dict.fromkeys(TASKS.values()):
+            mapping = getattr(transformers, auto)._model_mapping
+            if type(config) in mapping and _names(mapping[type(config)], architecture):
+                return getattr(transformers, auto)
+    return transformers.AutoModel
+
+
+def _names(classes: Any, architecture: str) -> bool:
+    return any(cls.__name__ == architecture for cls in (classes if isinstance(classes, (tuple, list)) else (classes,)))
+
+
+def _dtype(dtype: torch.dtype | str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise RequestError(f"{dtype!r} is no floating dtype. Give 'auto', 'float32', 'bfloat16' or 'float16'.")
+        return named
+    wanted = config.dtype or torch.float32
+    if wanted == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return wanted
+
+
+def _bnb_config(
+    quantization: Any, skeleton: nn.Module, formats: Mapping[str, str], dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """Return the config with which transformers quantizes exactly the layers in `formats`, None if it can't."""
+    if not formats or len(set(formats.values())) > 1 or next(iter(formats.values())) not in _WHILE_READING:
+        return None
+    dense = [n for n, m in skeleton.named_modules() if _quantizable(m) and n not in formats]
+    # Anchored and escaped: transformers also tries each entry as the end of a name.
+    skip = [f"^{re.escape(name)}" for name in dense]
+    if isinstance(quantization, BitsAndBytesConfig):
+        if quantization.llm_int8_skip_modules is None:
+            quantization.llm_int8_skip_modules = skip
+        return quantization
+    if "int8" in formats.values():
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=next(iter(formats.values())),
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _quantizable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
