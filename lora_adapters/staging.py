@@ -1,0 +1,226 @@
+"""Writes an adapter's files as one act: all of a save or nothing, whatever fails or is killed in between.
+
+A folder that does not exist, or is empty, is built beside its place and renamed into it. In a folder that holds other
+files, such as a Trainer's checkpoint, the files are first completed in a hidden stage inside it; then the weights are
+renamed over their predecessor, which commits the save, then the config. If the second rename fails, the old weights are
+put back. If the process is killed between the two, the stage still holds the config of the weights now in place: reads
+take it from there (`interrupted_config`), the next write finishes the act and removes the stage. A running save locks
+its stage, so that only dead ones are removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from .errors import CheckpointError, LoraAdaptersWarning
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there a stage counts as dead after an hour.
+    fcntl = None
+
+_MARK = ".lora_adapters-saving-"
+_OLD = "previous"
+_DEAD_AFTER_SECONDS = 3600
+
+#: File name -> function that writes that file at the path it is given.
+Writers = Mapping[str, Callable[[Path], None]]
+
+
+def write_files(folder: Path, writers: Writers) -> None:
+    """Write an adapter's files into `folder` as one act.
+
+    Args:
+        folder: made if missing, with its parents. Files of other names in it stay.
+        writers: must hold adapter_model.safetensors and adapter_config.json.
+
+    Raises:
+        CheckpointError: writing failed (disk full, no permission, ...). The files are as they were before.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_litter(folder)
+        if folder.exists() and any(folder.iterdir()):
+            with _stage(folder, _MARK) as stage:
+                _fill(stage, writers)
+                _replace(stage, folder, writers)
+        else:
+            with _stage(folder.parent, _beside(folder)) as stage:
+                _fill(stage, writers)
+                if os.name == "nt" and folder.exists():
+                    folder.rmdir()  # Windows can't rename over an empty folder.
+                os.rename(stage, folder)
+        _sync_or_warn(folder)
+    except OSError as error:
+        state = "What was there before is unchanged."
+        if interrupted_config(folder):
+            state = "The new weights are in place, and the next restore or save there completes the rest."
+        raise CheckpointError(
+            f"Saving to {folder} failed: {error}. {state} Free space or choose another folder, then save again."
+        ) from error
+
+
+def _beside(folder: Path) -> str:
+    return f".{folder.name}{_MARK}"
+
+
+@contextmanager
+def _stage(parent: Path, prefix: str) -> Iterator[Path]:
+    stage = parent / f"{prefix}{secrets.token_hex(8)}"
+    os.mkdir(stage)
+    try:
+        with _locked(stage):
+            yield stage
+    finally:
+        if not _waiting(stage):
+            _remove(stage)
+
+
+def _remove(stage: Path) -> None:
+    for _ in range(2):  # One passing I/O error must not leave litter.
+        with suppress(OSError):
+            shutil.rmtree(stage)
+        if not stage.exists():
+            return
+
+
+@contextmanager
+def _locked(stage: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(stage, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # Some network file systems have no locks.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_dead(stage: Path) -> bool:
+    """Return True if no running save owns the stage."""
+    if stage.is_symlink() or not stage.is_dir():
+        return False
+    try:
+        if fcntl is None:
+            return time.time() - stage.stat().st_mtime > _DEAD_AFTER_SECONDS
+        handle = os.open(stage, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        finally:
+            os.close(handle)
+    except OSError:
+        return False
+
+
+def _fill(stage: Path, writers: Writers) -> None:
+    # The weights come first: a stage with a config but no weights is one whose weights were renamed into place.
+    for name in sorted(writers, key=lambda name: name != WEIGHTS_NAME):
+        writers[name](stage / name)
+        # safetensors makes its files 0600; a checkpoint must be as readable as its folder.
+        os.chmod(stage / name, os.stat(stage).st_mode & 0o666)
+        with open(stage / name, "rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(stage)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # This file system can't sync folders.
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_or_warn(folder: Path) -> None:
+    try:
+        _sync_folder(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        warnings.warn(
+            f"{folder} was saved, but the disk did not confirm it ({error}): it may not survive a power cut.",
+            LoraAdaptersWarning,
+            stacklevel=4,
+        )
+
+
+def _replace(stage: Path, folder: Path, names: Writers) -> None:
+    """Rename the staged files over those in `folder`; put the old weights back if the config can't follow them."""
+    weights, config, old = folder / WEIGHTS_NAME, folder / CONFIG_NAME, stage / _OLD
+    unchanged = not config.is_symlink() and config.is_file() and filecmp.cmp(stage / CONFIG_NAME, config, shallow=False)
+    if unchanged:  # Then a single rename replaces all that matters.
+        os.unlink(stage / CONFIG_NAME)
+    if os.path.lexists(weights):
+        os.mkdir(old)
+        _keep(weights, old / WEIGHTS_NAME)
+    os.replace(stage / WEIGHTS_NAME, weights)
+    try:
+        if not unchanged:
+            os.replace(stage / CONFIG_NAME, config)
+    except BaseException:
+        if old.exists():
+            os.replace(old / WEIGHTS_NAME, weights)
+        else:
+            os.replace(weights, stage / WEIGHTS_NAME)
+        raise
+    for name in names.keys() - {WEIGHTS_NAME, CONFIG_NAME}:
+        try:
+            os.replace(stage / name, folder / name)
+        except OSError as error:
+            warnings.warn(f"{folder / name} was not updated: {error}.", LoraAdaptersWarning, stacklevel=4)
+
+
+def _keep(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _waiting(stage: Path) -> bool:
+    """Return True if the stage's weights were renamed into place (and not put back) while its config still waits."""
+    if not (stage / CONFIG_NAME).exists() or (stage / WEIGHTS_NAME).exists():
+        return False
+    return not (stage / _OLD).exists() or os.path.lexists(stage / _OLD / WEIGHTS_NAME)
+
+
+def _stages(parent: Path, prefix: str) -> list[Path]:
+    try:
+        return [path for path in parent.iterdir() if path.name.startswith(prefix) and not path.is_symlink()]
+    except OSError:
+        return []
+
+
+def interrupted_config(folder: Path) -> Path | None:
+    """Config of a save that ended after its weights were renamed into `folder`, else None. Changes nothing."""
+    return next((stage / CONFIG_NAME for stage in _stages(folder, _MARK) if _waiting(stage)), None)
+
+
+def remove_litter(folder: Path) -> None:
+    """Finish a save that was killed after its weights were in place, and remove what killed saves left behind."""
+    for stage in _stages(folder, _MARK):
+        if not _is_dead(stage):
+            continue
+        if _waiting(stage):
+            os.replace(stage / CONFIG_NAME, folder / CONFIG_NAME)
+        _remove(stage)
+    for stage in _stages(folder.parent, _beside(folder)):
+        if _is_dead(stage):
+            _remove(stage)
