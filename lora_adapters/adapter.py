@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from . import checkpoint, inject, merge
+from . import inject, merge
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
 from .planning import AttachPlan
+from .saving import save_adapter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +147,7 @@ class Adapter:
             raise StateError("The adapter is merged into the base: unmerge it before saving.")
         metadata: dict[str, Any] = {}
         plugins().notify("lora_adapters_saving", adapter=self, path=str(path), metadata=metadata)
-        return checkpoint.save(self.model, self.name, Path(path), metadata)
+        return save_adapter(self.model, self.name, Path(path), metadata)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
         """Save to a temporary folder and upload it to the Hub.

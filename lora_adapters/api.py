@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoint, inject
+from . import inject
 from .adapter import Adapter, peft_model_of
 from .errors import LoraAdaptersError, RequestError
 from .hooks.manager import load_object, plugins, require
 from .planning import AttachPlan, make_plan, unwrap
 from .request import _UNSET, AttachRequest
+from .saving import restore_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -83,16 +84,19 @@ def attach(
     made = make_plan(model, request)
     with _progress("Quantizing", progress) as report:
         inject.quantize(base, made, report)
-    return _finish(model, base, made)
+    peft_model, changes = inject.apply(base, made, _peft_model(model, base))
+    return _attached(base, peft_model, made, changes)
 
 
-def _finish(model: nn.Module, base: nn.Module, made: AttachPlan) -> Adapter:
-    peft_model: Any = peft_model_of(base)
-    if peft_model is None and unwrap(model) is not getattr(model, "_orig_mod", model):
-        peft_model = getattr(model, "_orig_mod", model)
-    if peft_model is not None and peft_model.active_peft_config.is_prompt_learning:
-        peft_model = None
-    peft_model, changes = inject.apply(base, made, peft_model)
+def _peft_model(model: nn.Module, base: nn.Module) -> Any:
+    """Return the PeftModel that carries LoRA adapters on `base` already, ours or one the user made; else None."""
+    given: Any = getattr(model, "_orig_mod", model)
+    found = peft_model_of(base) or (given if given is not base else None)
+    # Prompt and prefix tuning stand beside LoRA in a PeftModel of their own.
+    return None if found is None or found.active_peft_config.is_prompt_learning else found
+
+
+def _attached(base: nn.Module, peft_model: Any, made: AttachPlan, changes: Any) -> Adapter:
     adapter = Adapter(base, peft_model, made, changes)
     plugins().notify("lora_adapters_attached", adapter=adapter, plan=made)
     return adapter
@@ -106,7 +110,7 @@ class _progress:
 
         self.title, self.show = title, sys.stderr.isatty() if show is None else show
 
-    def __enter__(self) -> Callable[[int, int], None] | None:
+    def __enter__(self) -> Callable[[int, int, str], None] | None:
         if not self.show:
             return None
         from rich.console import Console
@@ -115,7 +119,7 @@ class _progress:
         self.bar = Progress(console=Console(stderr=True), transient=True)
         self.bar.start()
         task = self.bar.add_task(self.title)
-        return lambda done, total: self.bar.update(task, completed=done, total=total)
+        return lambda done, total, name: self.bar.update(task, completed=done, total=total)
 
     def __exit__(self, *_: object) -> None:
         if self.show:
@@ -138,7 +142,8 @@ def restore(
     """
     base = unwrap(model)
     inject.check_free_name(base, adapter_name)
-    return checkpoint.restore(model, base, path, adapter_name, revision)
+    peft_model, made, changes = restore_adapter(base, _peft_model(model, base), path, adapter_name, revision)
+    return _attached(base, peft_model, made, changes)
 
 
 def load(

@@ -5,6 +5,7 @@ The one module that touches PEFT's private parts; tests/test_canaries.py has a t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import warnings
@@ -13,8 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
@@ -39,7 +39,11 @@ except ImportError:  # pragma: no cover - the canary test fails first
 
 
 def apply(
-    model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None = None, *, initialise: bool = True
+    model: nn.Module,
+    plan: AttachPlan,
+    peft_model: PeftModel | None = None,
+    *,
+    load: Callable[[PeftModel], None] | None = None,
 ) -> tuple[PeftModel, Changes]:
     """Attach the plan's adapter to `model` in place.
 
@@ -47,7 +51,7 @@ def apply(
         model: the base model (not its PeftModel).
         plan: made for this model.
         peft_model: the PeftModel around `model` if it already carries LoRA adapters.
-        initialise: False leaves lora_A uninitialised memory for a caller that loads values next.
+        load: fills in the adapter's values (from a checkpoint); None initialises them.
 
     Returns:
         The PeftModel around `model`, and the changes that take the adapter off again.
@@ -57,11 +61,14 @@ def apply(
     """
     _refuse_foreign(model)
     snapshot = Snapshot(model, _values_at_risk(model, plan))
+    initialise = load is None
     try:
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is not None:
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
+        if load is not None:
+            load(result)
         verify(model, plan, result, initialise)
     except BaseException:
         snapshot.changes().revert()
@@ -71,7 +78,7 @@ def apply(
     return result, snapshot.changes()
 
 
-def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int], None] | None = None) -> None:
+def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int, str], None] | None = None) -> None:
     """Quantize what the plan says, layer by layer, in place. Dense weights are freed as it goes, so it can't be undone."""
     if not plan.quantize:
         return
@@ -83,13 +90,19 @@ def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int], 
 
 def planned_on_meta(model: nn.Module, plan: AttachPlan) -> nn.Module:
     """Return a meta-device twin of `model` with the plan carried out on it. `model` is not touched."""
-    from .memory import meta_copy
-
-    twin = meta_copy(model)
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        # A packed weight stays as it is: it is small, and only its own class can move it.
+        plain = type(tensor) in (nn.Parameter, torch.Tensor)
+        memo[id(tensor)] = tensor if not plain else _empty_like(tensor)
+    twin = copy.deepcopy(model, memo)
     quantize(twin, plan)
-    if any(isinstance(m, LoraLayer) for m in twin.modules()):
-        return twin
     return apply(twin, plan)[0]
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _refuse_foreign(model: nn.Module) -> None:
@@ -122,6 +135,12 @@ def _inject_directly(
     config = build_config(model, plan)
     name = plan.request.adapter_name
     classes = {spec: load_object(spec) for spec in {layer.layer for layer in plan.layers}}
+    real = {field: getattr(config, field) for field in ("target_modules", "rank_pattern", "alpha_pattern")}
+    config.target_modules, config.rank_pattern, config.alpha_pattern = DUMMY_TARGET_MODULES, {}, {}
+    # PEFT freezes the base only while no layer carries an adapter, so its housekeeping comes before our layers.
+    peft_model = _wrap(model, config, plan) if peft_model is None else _add(peft_model, config, name)
+    for field, value in real.items():
+        setattr(config, field, value)
     for planned in plan.layers:
         module = model.get_submodule(planned.name)
         if isinstance(module, LoraLayer):
@@ -130,12 +149,10 @@ def _inject_directly(
             layer = classes[planned.layer].wrap(module)
             parent, _, child = planned.name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-        layer.add_factors(name, _factors(base_of(layer), planned, plan, initialise))
-    real_targets, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
-    try:
-        peft_model = _wrap(model, config, plan) if peft_model is None else _add(peft_model, config, name)
-    finally:
-        config.target_modules = real_targets
+        base = base_of(layer)
+        layer.add_factors(name, _factors(base, planned, plan, initialise))
+        if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
+            base.bias.requires_grad_(True)
     peft_model.base_model.targeted_module_names = [layer.name for layer in plan.layers]
     peft_model.set_adapter(name)
     return peft_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -365,7 +366,7 @@ def _assign_quantizers(
     wanted = request.quantization
     if wanted is None:
         return {}, {}
-    from .weights import quantized_format, quantizer_for, tied_names
+    from .weights import quantized_format, tied_names
 
     existing = quantized_format(info.model)
     specs = plugins().quantizers()
@@ -378,11 +379,14 @@ def _assign_quantizers(
             "Leave quantization out to keep it, or load the model again."
         )
     tied = tied_names(info.model)
+    dense = getattr(backend, "dense_modules", lambda model: ())(info.model)
     roles, quantizers = {}, {}
     for name, module in info.modules.items():
         role = classes.roles.get(name, "other")
         quantizer = by_role.get(role)
         if quantizer is None or _inside(name, trained) or name in tied or quantizer.supports(base_of(module)):
+            continue
+        if any(_stays_dense(name, pattern) for pattern in (*dense, *getattr(quantizer, "skip", ()))):
             continue
         if base_of(module) is not module:
             raise RequestError(
@@ -392,6 +396,22 @@ def _assign_quantizers(
     if not roles:
         raise UnsupportedError(f"quantization={wanted!r} can store none of this model's layers.")
     return roles, quantizers
+
+
+def _stays_dense(name: str, pattern: str) -> bool:
+    """Match a name as transformers matches llm_int8_skip_modules: a prefix, a regular expression or a suffix."""
+    return name.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) is not None
+
+
+def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
+    """Return module name -> format of what `attach(model, quantization=...)` would quantize. Works on the meta device."""
+    base = unwrap(model)
+    backend, _ = backend_for(base)
+    info = ModelInfo(backend.name, backend.family(base), candidates(base), base)
+    request = AttachRequest.make(quantization=quantization)
+    trained = _trained_names(base, backend.heads_to_train(base))
+    _, quantizers = _assign_quantizers(info, _classify(backend, info, request), request, trained, backend)
+    return {name: quantizer.name for name, quantizer in quantizers.items()}
 
 
 def _roles_to_quantize(wanted: Any, default_roles: tuple[str, ...], specs: Mapping[str, Any]) -> dict[str, Quantizer]:

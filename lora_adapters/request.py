@@ -46,6 +46,7 @@ class AttachRequest:
         modules_to_save: names of modules to train and save whole; None lets the backend name a new task head.
         seed: makes lora_A's initial values, together with each module's name; None takes torch's current seed.
         dtype: dtype of the adapter's parameters; None means float32 (float64 on a float64 base).
+        exact: full module name -> (rank, alpha), instead of targets: what a checkpoint says.
         peft_fields: LoraConfig fields given by their own names.
     """
 
@@ -61,6 +62,7 @@ class AttachRequest:
     modules_to_save: tuple[str, ...] | None = None
     seed: int | None = None
     dtype: Any = None
+    exact: Mapping[str, tuple[int, float]] | None = None
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -34,6 +34,12 @@ def select(request: AttachRequest, names: Iterable[str], classes: Classification
         NoTargetError: a word, name or pattern matches nothing.
     """
     names = list(names)
+    if request.exact is not None:
+        return {
+            name: Choice(classes.roles.get(name, "other"), *request.exact[name], named=True)
+            for name in names
+            if name in request.exact
+        }
     matcher = _Matcher(names, classes)
     default = Choice("", request.rank, request.rank if request.alpha is None else request.alpha)
     chosen: dict[str, Choice] = {}

@@ -124,3 +124,32 @@ def expand(word: str) -> tuple[str, ...] | None:
     if word in GROUPS:
         return GROUPS[word]
     return (word,) if word in ROLES else None
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return dotted name -> module of everything that could carry an adapter, in the model's order.
+
+    That is linear, 1-d and 2-d convolution and embedding layers. A layer that PEFT wrapped counts once, under its own
+    name; the inside of PEFT's wrappers does not count.
+    """
+    from .weights import layer_kind
+
+    found: dict[str, nn.Module] = {}
+    inside = "\0"
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if _is_peft_wrapper(module):
+            inside = name + "."
+            if hasattr(module, "base_layer"):
+                found[name] = module
+        elif name and layer_kind(module) is not None:
+            found[name] = module
+    return found
+
+
+def _is_peft_wrapper(module: nn.Module) -> bool:
+    return any(
+        cls.__module__.startswith("peft.") and cls.__name__ in ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+        for cls in type(module).__mro__
+    )

@@ -123,7 +123,8 @@ class EngineLayer(LoraLayer):
             wide = torch.promote_types(store.dtype, torch.float32)
             merged = store.dense_module(store.read(wide))
             weight = merged.weight.data
-            bias = None if merged.bias is None else merged.bias.data if hasattr(merged, "bias") else None
+            own_bias = getattr(merged, "bias", None)
+            bias = None if own_bias is None else own_bias.data
             for name in names:
                 if name in self.lora_variant:
                     variant: Any = self.lora_variant[name]
@@ -135,8 +136,8 @@ class EngineLayer(LoraLayer):
             if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
                 raise MergeError(f"Merging {names} gives values that are not finite. Nothing was merged here.")
             merged.weight = nn.Parameter(weight, requires_grad=False)
-            if bias is not None and merged.bias is not None:
-                merged.bias = nn.Parameter(bias.to(merged.bias.dtype), requires_grad=False)
+            if own_bias is not None and bias is not own_bias.data:
+                merged.bias = nn.Parameter(bias.to(own_bias.dtype), requires_grad=False)
         return merged
 
     def _merged_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,175 @@
+"""Between a model and a checkpoint folder: what to write of an adapter, and a restore that checks before it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from . import inject
+from .adapter_file import PREFIX, AdapterFile, check_copies, check_tensors, inspect_adapter, read_adapter
+from .checkpoint import resolve_adapter_path, write_adapter
+from .errors import CheckpointError, UnsupportedError
+from .planning import AttachPlan, PlannedLayer, base_of, make_plan
+from .request import AttachRequest
+from .snapshot import Changes
+from .targets import candidates
+from .weights import store_for
+
+#: Config fields that say what the layers compute; the others say how the adapter came to be.
+_CARRIED = ("use_rslora", "use_dora", "lora_bias", "bias", "task_type", "fan_in_fan_out", "init_lora_weights")
+
+
+def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Write one adapter as a PEFT checkpoint folder, as one act. Returns the folder."""
+    tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    base = peft_model.get_base_model()
+    described = {"lora_adapters.base_class": type(base).__name__, **{k: str(v) for k, v in metadata.items()}}
+    write_adapter(folder, peft_model.peft_config[name], tensors, described)
+    return folder
+
+
+def restore_adapter(
+    base: nn.Module, peft_model: PeftModel | None, path: str | Path, name: str, revision: str | None
+) -> tuple[PeftModel, AttachPlan, Changes]:
+    """Attach a saved adapter to `base`; see `lora_adapters.restore`."""
+    file = inspect_adapter(resolve_adapter_path(path, revision))
+    _refuse_unsupported(file)
+    plan = _plan(base, file, name)
+    check_tensors(file, expected_tensors(base, plan))
+    tensors = read_adapter(file)
+    check_copies(file, tensors, {module: _dense(base, module) for module in file.copies.values()})
+    values = {key: tensor for key, tensor in tensors.items() if key not in file.copies}
+    result, changes = inject.apply(base, plan, peft_model, load=lambda model: _load(model, plan, values))
+    return result, plan, changes
+
+
+def _dense(base: nn.Module, module: str) -> torch.Tensor:
+    store = store_for(base_of(base.get_submodule(module)))
+    if store is None:
+        raise UnsupportedError(f"The weight of {module!r} can't be read, so the file's copy of it can't be checked.")
+    return store.read()
+
+
+def _refuse_unsupported(file: AdapterFile) -> None:
+    parameters = [name for name, module in file.modules.items() if module.kind in ("parameter", "conv3d")]
+    if parameters or file.tokens:
+        what = "trained token rows" if file.tokens else f"an adapter on {parameters[0]!r}"
+        raise UnsupportedError(
+            f"The file holds {what} (PEFT's target_parameters, trainable_token_indices or Conv3d), which is restored "
+            "by stock PEFT only: PeftModel.from_pretrained(model, folder)."
+        )
+
+
+def _plan(base: nn.Module, file: AdapterFile, name: str) -> AttachPlan:
+    known = candidates(base)
+    strange = [module for module in file.modules if module not in known]
+    if strange:
+        raise CheckpointError(
+            f"The adapter was made for another model: {len(strange)} of its {len(file.modules)} layers are not in "
+            f"this {type(base).__name__}, first {strange[0]!r}."
+        )
+    if missing := file.missing_targets(list(known)):
+        raise CheckpointError(
+            f"The adapter file is incomplete, or made for another model: by its config {len(missing)} more layers "
+            f"should be adapted, first {missing[0]!r}."
+        )
+    alphas = file.config.alphas(list(file.modules))
+    exact = {module: (file.modules[module].rank, alphas[module]) for module in file.modules}
+    fields = {key: value for key in _CARRIED if (value := file.config.get(key)) is not None}
+    if fields.get("init_lora_weights") in ("gaussian", "orthogonal", "eva", False):
+        fields["init_lora_weights"] = True
+    request = AttachRequest.make(
+        exact=exact,
+        adapter_name=name,
+        dropout=file.config.get("lora_dropout", 0.0),
+        modules_to_save=tuple(file.config.get("modules_to_save", ())),
+        **fields,
+    )
+    return make_plan(base, request)
+
+
+def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, ...]]:
+    """Return key -> shape of every tensor that a checkpoint of this plan holds."""
+    fields = plan.request.peft_fields
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in plan.layers:
+        for suffix, shape in _layer_tensors(layer, fields).items():
+            expected[f"{PREFIX}{layer.name}.{suffix}"] = shape
+    for name, module in _trained_modules(base, plan):
+        for key, tensor in module.state_dict().items():
+            expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
+    for name, bias in _trained_biases(base, plan):
+        expected[f"{PREFIX}{name}"] = tuple(bias.shape)
+    return expected
+
+
+def _layer_tensors(layer: PlannedLayer, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    out, *rest = layer.shape
+    if layer.kind == "embedding":
+        found = {"lora_embedding_A": (layer.rank, out), "lora_embedding_B": (rest[0], layer.rank)}
+        return found | ({"lora_magnitude_vector": (rest[0],)} if fields.get("use_dora") else {})
+    ones = (1,) * (len(rest) - 1)
+    found = {"lora_A.weight": (layer.rank, *rest), "lora_B.weight": (out, layer.rank, *ones)}
+    if fields.get("lora_bias"):
+        found["lora_B.bias"] = (out,)
+    if fields.get("use_dora"):
+        found["lora_magnitude_vector"] = (1, out, *ones) if ones or layer.kind != "linear" else (out,)
+    return found
+
+
+def _trained_modules(base: nn.Module, plan: AttachPlan) -> list[tuple[str, nn.Module]]:
+    """Return the modules to train whole, under their own names, seen through PEFT's wrapper if there is one."""
+    found = []
+    for wanted in plan.trained:
+        for name, module in base.named_modules():
+            if ".modules_to_save." in name or ".original_module" in name:
+                continue
+            if name == wanted or name.endswith("." + wanted):
+                found.append((name, getattr(module, "original_module", module)))
+    return found
+
+
+def _trained_biases(base: nn.Module, plan: AttachPlan) -> list[tuple[str, torch.Tensor]]:
+    kind = plan.request.peft_fields.get("bias", "none")
+    if kind == "none":
+        return []
+    adapted = {layer.name for layer in plan.layers}
+    found = []
+    for name, module in base.named_modules():
+        bias = getattr(base_of(module), "bias", None)
+        inside = any(part in name for part in (".modules_to_save", ".original_module", ".base_layer", ".lora_"))
+        if not isinstance(bias, nn.Parameter) or inside:
+            continue
+        if name in adapted:
+            found.append((f"{name}.base_layer.bias", bias))
+        elif kind == "all":
+            found.append((f"{name}.bias", bias))
+    return found
+
+
+def _load(peft_model: PeftModel, plan: AttachPlan, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a file's tensors into the adapter's parameters, by the names they have in the model."""
+    name = plan.request.adapter_name
+    state = {_plain_key(key, name): value for key, value in peft_model.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            target = state.get(key)
+            if not isinstance(target, torch.Tensor):
+                raise CheckpointError(f"{key} has no place in the model. The adapter was made for another model.")
+            target.data.copy_(tensor)
+
+
+def _plain_key(key: str, name: str) -> str:
+    """Return the key under which PEFT saves a parameter of the adapter `name`."""
+    key = key.replace(f".modules_to_save.{name}.", ".")
+    for infix in ("lora_A", "lora_B"):
+        key = key.replace(f".{infix}.{name}.", f".{infix}.")
+    for suffix in ("lora_embedding_A", "lora_embedding_B"):
+        if key.endswith(f".{suffix}.{name}"):
+            return key.removesuffix(f".{name}")
+    return key.replace(f".lora_magnitude_vector.{name}.weight", ".lora_magnitude_vector")
