@@ -1,0 +1,39 @@
+"""The transformers backend: what `lora_adapters.targets.Backend` asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lora_adapters.hooks.specs import TargetMap
+from lora_adapters.targets import Classification, ModelInfo
+
+from . import example_inputs, roles, tasks
+
+
+class TransformersBackend:
+    """Knows the models of transformers, and models whose classes derive from its PreTrainedModel."""
+
+    name = "transformers"
+
+    def family(self, model: nn.Module) -> str:
+        """Return the model's `config.model_type`."""
+        return tasks.family(model)
+
+    def classify(self, info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
+        """Return the role of every module, by target maps first, then by structure."""
+        return roles.classify(info, maps)
+
+    def task_type(self, model: nn.Module) -> str | None:
+        """Return PEFT's task type, such as "CAUSAL_LM"; None if the class does not say."""
+        return tasks.task_type(model)
+
+    def heads_to_train(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the modules that a task class adds to its base model (a classifier), never a language model head."""
+        return tasks.heads_to_train(model)
+
+    def example_inputs(self, model: nn.Module, batch_size: int, sequence_length: int, device: Any) -> dict[str, Any]:
+        """Return one training step's keyword arguments; see `example_inputs.example_inputs`."""
+        return example_inputs.example_inputs(model, batch_size, sequence_length, device)
