@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import MissingDependencyError, PluginError, RequestError
-from ..hooks.manager import load_object, require
+from ..errors import MissingDependencyError, PluginError, PluginWarning, RequestError
+from ..hooks.manager import load_object, plugins, require
 from ..hooks.specs import QuantizerSpec
 from .bnb import bnb_store
 from .dense import DenseStore, dense_store
@@ -97,12 +99,31 @@ def store_for(module: nn.Module, quantizers: Iterable[Quantizer] = ()) -> Weight
 
     Args:
         module: the base module, not an adapter layer around it.
-        quantizers: quantizers of plugins, asked first.
+        quantizers: quantizers to ask first, besides those of the installed plugins.
     """
     for quantizer in quantizers:
         if (store := quantizer.store(module)) is not None:
             return store
-    return bnb_store(module) or dense_store(module)
+    return bnb_store(module) or _plugin_store(module) or dense_store(module)
+
+
+def _plugin_store(module: nn.Module) -> WeightStore | None:
+    """Return the store an installed plugin's quantizer has for a module; a plugin that fails is reported and passed."""
+    # torch's own layers are dense, and most of a model: nobody is asked about them.
+    if type(module).__module__.startswith("torch.nn."):
+        return None
+    for name, spec in plugins().quantizers().items():
+        try:
+            if (store := _by_name(name, {name: spec}).store(module)) is not None:
+                return store
+        except MissingDependencyError:
+            continue
+        except Exception as error:
+            message = f"Quantizer {name!r} was asked about a {type(module).__name__} and failed: {error}"
+            if os.environ.get("LORA_ADAPTERS_STRICT", "") not in ("", "0"):
+                raise PluginError(message) from error
+            warnings.warn(message, PluginWarning, stacklevel=3)
+    return None
 
 
 def quantized_format(model: nn.Module, quantizers: Iterable[Quantizer] = ()) -> str | None:
@@ -163,10 +184,7 @@ def quantize_modules(
         RequestError: a name is unknown or the root, a quantizer refuses a module, a weight is tied, or not finite.
     """
     _validate(model, assignment)
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for leaf, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, leaf))
+    places = _places(model)
     done: dict[int, nn.Module] = {}
     for count, (name, quantizer) in enumerate(assignment.items(), start=1):
         old = model.get_submodule(name)
@@ -180,6 +198,15 @@ def quantize_modules(
         del old
         if progress is not None:
             progress(count, len(assignment), name)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return id(child) -> every (parent, attribute) that holds it. Keeps no child alive, so that each can be freed."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for leaf, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, leaf))
+    return places
 
 
 def _validate(model: nn.Module, assignment: Mapping[str, Quantizer]) -> None:
