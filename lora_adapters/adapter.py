@@ -149,7 +149,9 @@ class Adapter:
         plugins().notify("lora_adapters_saving", adapter=self, path=str(path), metadata=metadata)
         return save_adapter(self.model, self.name, Path(path), metadata)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
+    ) -> str:
         """Save to a temporary folder and upload it to the Hub.
 
         Args:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def plan(model: nn.Module, rank: int = _UNSET, *, targets: Any = _UNSET, config: Any = None, **options: Any) -> AttachPlan:
+def plan(
+    model: nn.Module, rank: int = _UNSET, *, targets: Any = _UNSET, config: Any = None, **options: Any
+) -> AttachPlan:
     """Return what `attach` would do with the same arguments. Changes nothing; works on a meta-device model.
 
     Print it for a table; `.memory(batch_size, sequence_length)` predicts what a training step takes.
@@ -126,9 +128,7 @@ class _progress:
             self.bar.stop()
 
 
-def restore(
-    model: nn.Module, path: str | Path, adapter_name: str = "default", revision: str | None = None
-) -> Adapter:
+def restore(model: nn.Module, path: str | Path, adapter_name: str = "default", revision: str | None = None) -> Adapter:
     """Attach a saved adapter. Everything in the files is checked before the model is touched.
 
     Args:

@@ -129,9 +129,7 @@ def _values_at_risk(model: nn.Module, plan: AttachPlan) -> list[nn.Parameter]:
 # ---- the direct way -------------------------------------------------------------------------------------------------
 
 
-def _inject_directly(
-    model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None, initialise: bool
-) -> PeftModel:
+def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None, initialise: bool) -> PeftModel:
     config = build_config(model, plan)
     name = plan.request.adapter_name
     classes = {spec: load_object(spec) for spec in {layer.layer for layer in plan.layers}}
@@ -206,9 +204,7 @@ def _factors(base: nn.Module, planned: PlannedLayer, plan: AttachPlan, initialis
     b = torch.zeros(shape_b, dtype=dtype, device=device)
     if initialise and device.type != "meta":
         a, b = initial_values(a, b, planned, request.seed, request.peft_fields.get("init_lora_weights", True))
-    return Factors(
-        a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias
-    )
+    return Factors(a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias)
 
 
 def initial_values(
@@ -366,6 +362,16 @@ def verify(model: nn.Module, plan: AttachPlan, peft_model: PeftModel, initialise
 def adapter_names(model: nn.Module) -> set[str]:
     """Return the names of all LoRA adapters on a model."""
     return {n for m in model.modules() if isinstance(m, LoraLayer) for n in (*m.lora_A, *m.lora_embedding_A)}
+
+
+def unwrap_empty(model: nn.Module) -> None:
+    """Put the base module back wherever no adapter is left."""
+    empty = {
+        n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and not (m.lora_A or m.lora_embedding_A)
+    }
+    for name, layer in empty.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 def check_free_name(model: nn.Module, name: str) -> None:

@@ -306,7 +306,7 @@ def _plan_layer(
     foreign = foreign_tuner(module)
     if foreign:
         return refuse(f"it already carries a {foreign} adapter; LoRA on top of it is not supported")
-    store = store_for(base, tuple(quantizers.values()))
+    store = store_for(base)
     spec = layer_spec(quantizers[name].quantize(_meta_like(base), base.weight.dtype) if name in quantize else base)
     if store is None or spec is None:
         return refuse(f"no adapter layer for class {type(base).__module__}.{type(base).__qualname__}")

@@ -50,7 +50,10 @@ def select(request: AttachRequest, names: Iterable[str], classes: Classification
             choice = replace(default, rank=rank, alpha=rank if request.alpha is None else request.alpha)
         if alpha is not None:
             choice = replace(choice, alpha=alpha)
-        matched, named = matcher.peft(key) if request.peft_targets else matcher.match(key)
+        if request.peft_targets:
+            matched, named = matcher.peft(key)
+        else:
+            matched, named = matcher.match(str(key), names_first=isinstance(request.targets, tuple))
         for name in matched:
             chosen[name] = replace(choice, role=classes.roles.get(name, "other"), named=named)
     chosen = _apply_peft_patterns(request, chosen)
@@ -80,17 +83,21 @@ class _Matcher:
         for name in names:
             self.by_role.setdefault(classes.roles.get(name, "other"), []).append(name)
 
-    def match(self, key: object) -> tuple[list[str], bool]:
-        """Return the modules a key of `targets` means and whether it names modules rather than roles."""
-        key = str(key)
+    def match(self, key: str, names_first: bool) -> tuple[list[str], bool]:
+        """Return the modules a key of `targets` means, and whether it names modules rather than roles.
+
+        In a list a word is a module's name before it is a role ("q" in T5 is both); elsewhere it is the other way round.
+        """
         if key.startswith("re:"):
             return self._required(key, check_pattern(key[3:]).search), True
         words = [word.strip() for word in key.split("+")]
-        if all(expand(word) for word in words):
+        named = [name for name in self.names if name == key or name.endswith("." + key)]
+        roles = all(expand(word) for word in words)
+        known = roles and all(any(role in self.by_role for role in expand(word) or ()) for word in words)
+        if named and (names_first or not known):
+            return named, True
+        if roles:
             return self._roles(words), False
-        found = [name for name in self.names if name == key or name.endswith("." + key)]
-        if found:
-            return found, True
         raise NoTargetError(self._nothing(key, words))
 
     def _roles(self, words: list[str]) -> list[str]:
@@ -143,9 +150,8 @@ class _Matcher:
     def excluded(self, key: str) -> list[str]:
         if key.startswith("re:"):
             return [name for name in self.names if check_pattern(key[3:]).search(name)]
-        if expand(key):
-            return [name for role in expand(key) or () for name in self.by_role.get(role, ())]
-        return [name for name in self.names if name == key or name.endswith("." + key) or name.startswith(key + ".")]
+        found = [name for role in expand(key) or () for name in self.by_role.get(role, ())]
+        return found or [n for n in self.names if n == key or n.endswith("." + key) or n.startswith(key + ".")]
 
 
 def _apply_peft_patterns(request: AttachRequest, chosen: dict[str, Choice]) -> dict[str, Choice]:

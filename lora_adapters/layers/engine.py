@@ -37,7 +37,9 @@ class Factors:
     bias: torch.Tensor | None = None
 
 
-class EngineLayer(LoraLayer):
+# nn.Module comes first, as in PEFT's own classes: a stock layer can then be turned into ours by setting its __class__,
+# because Python finds the same memory layout in both.
+class EngineLayer(nn.Module, LoraLayer):
     """Mixin placed before a PEFT LoRA layer class.
 
     Forward is the parent's: y = base(x) + scaling * B(A(dropout(x))) for every active adapter. Merging swaps the base

@@ -34,7 +34,9 @@ class LoraCallback(TrainerCallback):
             through `add_callback` after Trainer was constructed.
     """
 
-    def __init__(self, model: nn.Module, rank: int = 16, *, merge_at_end: bool = False, **attach_arguments: Any) -> None:
+    def __init__(
+        self, model: nn.Module, rank: int = 16, *, merge_at_end: bool = False, **attach_arguments: Any
+    ) -> None:
         config = attach_arguments.get("config")
         if config is None and "r" not in attach_arguments:
             attach_arguments["rank"] = rank

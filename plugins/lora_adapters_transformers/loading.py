@@ -140,7 +140,11 @@ def _dtype(dtype: torch.dtype | str, config: PretrainedConfig, device: torch.dev
             raise RequestError(f"{dtype!r} is no floating dtype. Give 'auto', 'float32', 'bfloat16' or 'float16'.")
         return named
     wanted = config.dtype or torch.float32
-    if wanted == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        wanted == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         return torch.float16
     return wanted
 
