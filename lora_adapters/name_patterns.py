@@ -19,7 +19,9 @@ Value = TypeVar("Value")
 MAX_LENGTH = 2**16
 MAX_ALTERNATIVES = 4096
 #: Steps of one look_up. One step is one atom tried against one character, or one known transition.
-MAX_STEPS = 3_000_000
+MAX_STEPS = 1_500_000
+#: Characters of one alternative, of all alternatives of a run, and of all patterns of one PatternMap.
+MAX_ATOMS, MAX_TOTAL_ATOMS, MAX_TOTAL_LENGTH = 512, 100_000, 200_000
 
 _ESCAPE = r"\\(?:[dDwWsS]|[^A-Za-z0-9])"
 _ATOM = re.compile(rf"{_ESCAPE}|\[\^?(?:{_ESCAPE}|[^\]\[\\&|~])+\]|[^\\()|\[\]*+?{{}}^$]")
@@ -56,6 +58,9 @@ class _Parser:
             else:
                 tails = self.group(depth) if self.at("(") else [self.atoms()]
                 current = [head + tail for head in current for tail in tails]
+            longest = max(map(len, current))
+            if longest > MAX_ATOMS or longest * len(current) > MAX_TOTAL_ATOMS:
+                raise self.fail("is too long")
             if len(done) + len(current) > MAX_ALTERNATIVES:
                 raise self.fail("has too many alternatives")
         return done + current
@@ -112,6 +117,8 @@ class _Machine:
                 if states >> index & 1 and one.fullmatch(character):
                     result |= self.closure[index] if repeats else self.closure[index + 1]
             self.steps += len(self.atoms)
+            if self.steps > MAX_STEPS:
+                raise _too_long("A pattern")
             self.known[key] = result
         return self.known[key]
 
@@ -129,6 +136,8 @@ class _Machine:
             elif not states and self.fixed:
                 return False
             states = self.step(states, name[position])
+        if len(name) in starts:
+            states |= self.closure[0]
         return bool(states >> len(self.atoms) & 1)
 
 
@@ -165,7 +174,16 @@ class NamePattern:
             self.steps += machine.steps - before
             if found:
                 return True
+            if self.steps > MAX_STEPS:
+                raise _too_long("A pattern")
         return False
+
+
+def _too_long(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} on this many modules would take too long to match. Use fewer, plainer entries in target_modules, "
+        "rank_pattern and alpha_pattern of adapter_config.json."
+    )
 
 
 def _top_level_bar(body: str) -> bool:
@@ -186,6 +204,8 @@ class PatternMap(Generic[Value]):
     """
 
     def __init__(self, patterns: Mapping[str, Value], suffix: bool = True):
+        if sum(map(len, patterns)) > MAX_TOTAL_LENGTH:
+            raise _too_long(f"{len(patterns)} patterns of this length")
         self.entries = [(NamePattern(pattern), value) for pattern, value in patterns.items()]
         self.suffix = suffix
 
@@ -207,8 +227,5 @@ class PatternMap(Generic[Value]):
                     result[name] = value
                     break
             if steps > MAX_STEPS:
-                raise CheckpointError(
-                    f"{len(self.entries)} patterns on this many modules take too long to match. Use fewer, plainer "
-                    "entries in rank_pattern or alpha_pattern of adapter_config.json."
-                )
+                raise _too_long(f"{len(self.entries)} patterns")
         return result
