@@ -8,6 +8,7 @@ on the meta device, costs no memory and leaves the model as it is.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,14 +84,14 @@ def predict_step(
     factory = _optimizer_factory(optimizer, target)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copier = Copier(mode, target)
-    with rng_untouched(), mode:
+    with rng_untouched(), _quiet(), mode:
         try:
             fake = copier.copy(model)
             if checkpointing:
                 _enable_checkpointing(fake)
             given = tree_map_only(torch.Tensor, copier.input, dict(inputs))
             tracker = Tracker(target, simulated=True)
-            return _Step(fake.train(), given, copier.originals, tracker, autocast, loss).run(factory)
+            return _Step(fake.train(), given, copier.originals, copier.fakes, tracker, autocast, loss).run(factory)
         except (RequestError, UnsupportedError):
             raise
         except Exception as error:
@@ -134,7 +135,7 @@ def measure_step(
         model.train()
         model.zero_grad(set_to_none=True)
         tracker = Tracker(target, simulated=False)
-        return _Step(model, dict(inputs), copier.originals, tracker, autocast, loss).run(factory)
+        return _Step(model, dict(inputs), copier.originals, copier.originals, tracker, autocast, loss).run(factory)
 
 
 @dataclass
@@ -143,7 +144,8 @@ class _Step:
 
     model: nn.Module
     inputs: dict[str, Any]
-    originals: list[torch.Tensor]
+    originals: list[torch.Tensor]  # every tensor of the user's model
+    held: list[torch.Tensor]  # every tensor of `model`: the same, or their simulated copies
     tracker: Tracker
     autocast: torch.dtype | None
     loss: Callable[[Any], torch.Tensor] | None
@@ -152,7 +154,7 @@ class _Step:
         """Run the step and return its memory. A measured step runs twice: optimizer state exists in the second."""
         tracker, device = self.tracker, self.tracker.device
         params = [p for p in self.model.parameters() if p.requires_grad]
-        tracker.ignore([*self.model.parameters(), *self.model.buffers(), *self.originals])
+        tracker.ignore(self.held)
         optimizer = factory(params) if callable(factory) else None
         with tracker:
             if not tracker.simulated:
@@ -284,6 +286,18 @@ def _explain(error: Exception, model: nn.Module) -> str:
     place = f" in {where}" if where else ""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"The step of {type(model).__name__} can't be simulated: {type(error).__name__}{place}: {reason}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging a traceback for an error that is raised, and explained, anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 @contextlib.contextmanager

@@ -106,6 +106,7 @@ class Copier(TorchFunctionMode):
         self.mode = mode
         self.device = device
         self.originals: list[torch.Tensor] = []
+        self.fakes: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__:
@@ -139,10 +140,12 @@ class Copier(TorchFunctionMode):
         return self._plain(tensor).requires_grad_(tensor.requires_grad)
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        fake = self._plain(tensor)
         self.originals.append(tensor)
+        self.fakes.append(fake)
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(self._plain(tensor), requires_grad=tensor.requires_grad)
-        return self._plain(tensor).requires_grad_(tensor.requires_grad)
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
 
     def _plain(self, tensor: torch.Tensor) -> torch.Tensor:
         with unset_fake_temporarily():

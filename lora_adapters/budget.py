@@ -1,0 +1,88 @@
+"""Sizes as people write them, and the settings of a training step that fit a memory budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .errors import RequestError
+
+_UNITS = {"": 1, "b": 1, **{f"{p}ib": 1 << 10 * i for i, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+
+
+def parse_size(size: str | int) -> int:
+    """Return bytes: "16GiB" (powers of 1024), "16 GB" (powers of 1000), or a number of bytes.
+
+    Raises:
+        RequestError: not a size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if isinstance(size, bool) or match is None or match[2] not in _UNITS:
+        raise RequestError(f'{size!r} is not a size; write "16GiB", "16GB" or a number of bytes.')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_size(size: int) -> str:
+    """Return bytes in the largest unit that leaves at least 1: "5.1 GiB"."""
+    value, unit = float(size), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+@dataclass(frozen=True)
+class FitSetting:
+    """Settings of a training step that fit a budget, and the bytes they take."""
+
+    batch_size: int
+    sequence_length: int
+    checkpointing: bool
+    quantization: str | None
+    nbytes: int
+
+
+def suggest_fit(
+    memory: Callable[[int, int, bool, str | None], int],
+    budget: str | int,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    quantizations: Iterable[str | None] = (None, "nf4"),
+    count: int = 3,
+) -> list[FitSetting]:
+    """Return up to `count` settings that fit, nearest to what was asked for first; empty if none does.
+
+    The batch is halved before the sequence (gradient accumulation makes up for a batch, nothing for a sequence).
+
+    Args:
+        memory: bytes of a step for (batch_size, sequence_length, checkpointing, quantization).
+        budget: bytes, or a size such as "16GiB".
+        batch_size, sequence_length: what is wanted.
+        quantizations: formats of the base to try, in order of preference.
+        count: how many settings to return.
+    """
+    limit, formats = parse_size(budget), tuple(quantizations)
+    found: list[FitSetting] = []
+    for length in _halvings(sequence_length):
+        for batch in _halvings(batch_size):
+            for quantization in formats:
+                for checkpointing in (False, True):
+                    nbytes = memory(batch, length, checkpointing, quantization)
+                    if nbytes <= limit:
+                        found.append(FitSetting(batch, length, checkpointing, quantization, nbytes))
+                        break
+                if len(found) == count:
+                    return found
+    return found
+
+
+def _halvings(number: int) -> list[int]:
+    if number < 1:
+        raise RequestError(f"Batch size and sequence length must be at least 1, got {number}.")
+    return [number >> i for i in range(number.bit_length())]
