@@ -173,7 +173,7 @@ class Adapter:
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
-    # ---- merging and leaving ------------------------------------------------------------------------------------------
+    # ---- merging and leaving -----------------------------------------------------------------------------------------
 
     def merge(self, unload: bool = False) -> nn.Module:
         """Fold the adapter into the base weights: all layers or none.

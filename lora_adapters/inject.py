@@ -79,7 +79,7 @@ def apply(
 
 
 def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int, str], None] | None = None) -> None:
-    """Quantize what the plan says, layer by layer, in place. Dense weights are freed as it goes, so it can't be undone."""
+    """Quantize what the plan says, in place, layer by layer. Each dense weight is freed, so it can't be undone."""
     if not plan.quantize:
         return
     quantizers = {name: plan._quantizers[name] for name in plan.quantize}
@@ -151,13 +151,14 @@ def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel |
         layer.add_factors(name, _factors(base, planned, plan, initialise))
         if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
             base.bias.requires_grad_(True)
-    peft_model.base_model.targeted_module_names = [layer.name for layer in plan.layers]
+    tuner: Any = peft_model.base_model
+    tuner.targeted_module_names = [layer.name for layer in plan.layers]
     peft_model.set_adapter(name)
     return peft_model
 
 
 def _wrap(model: nn.Module, config: LoraConfig, plan: AttachPlan) -> PeftModel:
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(plan.task_type, PeftModel)
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(plan.task_type or "", PeftModel)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*second time.*")
         return cls(model, config, adapter_name=plan.request.adapter_name, autocast_adapter_dtype=False)
@@ -192,7 +193,7 @@ def _our_class(peft_class: type) -> type | None:
 
 def _factors(base: nn.Module, planned: PlannedLayer, plan: AttachPlan, initialise: bool) -> Factors:
     request = plan.request
-    weight = base.weight
+    weight: Any = base.weight
     dtype = request.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
     rank, (out, *rest) = planned.rank, planned.shape
     embedding = planned.kind == "embedding"
@@ -247,7 +248,7 @@ def initial_values(
     return a, b
 
 
-# ---- PEFT's way, for its special initialisations and variants ---------------------------------------------------------
+# ---- PEFT's way, for its special initialisations and variants ----------------------------------------------------
 
 
 def _inject_through_peft(
@@ -274,7 +275,7 @@ def _inject_through_peft(
 
 
 def build_config(model: nn.Module, plan: AttachPlan) -> LoraConfig:
-    """Return the LoraConfig with which stock PEFT adapts exactly the plan's layers, rank for rank and alpha for alpha."""
+    """Return the LoraConfig with which stock PEFT adapts exactly the plan's layers, with their ranks and alphas."""
     request = plan.request
     rank = Counter(layer.rank for layer in plan.layers).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in plan.layers).most_common(1)[0][0]
@@ -326,7 +327,7 @@ def _pattern(layers: Iterable[PlannedLayer], field: str, default: float, univers
     return {key: value for value, names in by_value.items() for key in patterns_for(names, universe)}
 
 
-# ---- proof ------------------------------------------------------------------------------------------------------------
+# ---- proof -------------------------------------------------------------------------------------------------------
 
 
 def verify(model: nn.Module, plan: AttachPlan, peft_model: PeftModel, initialised: bool = True) -> None:

@@ -38,7 +38,7 @@ def _carried(layer: LoraLayer, names: Iterable[str]) -> list[str]:
 def _check_finite(layers: dict[str, LoraLayer], names: list[str]) -> None:
     """Look at the small factors first: a broken adapter is then refused before any large weight is touched."""
     for layer_name, layer in layers.items():
-        for name, parameter in layer.named_parameters():
+        for name, parameter in layer.named_parameters():  # type: ignore[attr-defined]
             if any(f".{adapter}" in name for adapter in names) and not torch.isfinite(parameter).all():
                 raise MergeError(
                     f"{layer_name}.{name} holds values that are not finite, so nothing was merged. Training has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -9,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .errors import LoraAdaptersWarning, NoTargetError, PluginError, RequestError, UnsupportedError
 from .hooks.manager import load_object, plugins, require
@@ -307,7 +310,7 @@ def _plan_layer(
     if foreign:
         return refuse(f"it already carries a {foreign} adapter; LoRA on top of it is not supported")
     store = store_for(base)
-    spec = layer_spec(quantizers[name].quantize(_meta_like(base), base.weight.dtype) if name in quantize else base)
+    spec = layer_spec(quantizers[name].quantize(_meta_like(base), torch.float32) if name in quantize else base)
     if store is None or spec is None:
         return refuse(f"no adapter layer for class {type(base).__module__}.{type(base).__qualname__}")
     shape = tuple(store.shape)
@@ -337,10 +340,6 @@ def _plan_layer(
 
 def _meta_like(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a dense module with its parameters on the meta device."""
-    import copy
-
-    import torch
-
     twin = copy.copy(module)
     twin._parameters = {
         n: None if p is None else torch.nn.Parameter(p.detach().to("meta"), requires_grad=False)
@@ -404,7 +403,7 @@ def _stays_dense(name: str, pattern: str) -> bool:
 
 
 def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
-    """Return module name -> format of what `attach(model, quantization=...)` would quantize. Works on the meta device."""
+    """Return module name -> format of what `attach(model, quantization=...)` would quantize, on any device."""
     base = unwrap(model)
     backend, _ = backend_for(base)
     info = ModelInfo(backend.name, backend.family(base), candidates(base), base)

@@ -23,8 +23,24 @@ PEFT_NAMES: Mapping[str, str] = {
 #: LoraConfig fields that the engine carries out itself. Any other field that differs from PEFT's default is carried out
 #: by PEFT's own injection.
 ENGINE_FIELDS = frozenset(
-    "use_rslora init_lora_weights bias lora_bias modules_to_save rank_pattern alpha_pattern task_type fan_in_fan_out "
-    "inference_mode base_model_name_or_path revision peft_type peft_version auto_mapping layers_pattern".split()
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "lora_bias",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "rank_pattern",
+        "revision",
+        "task_type",
+        "use_rslora",
+    }
 )
 MAX_RANK = 65536
 

@@ -29,7 +29,8 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     base = peft_model.get_base_model()
     described = {"lora_adapters.base_class": type(base).__name__, **{k: str(v) for k, v in metadata.items()}}
-    write_adapter(folder, peft_model.peft_config[name], tensors, described)
+    config: Any = peft_model.peft_config[name]
+    write_adapter(folder, config, tensors, described)
     return folder
 
 

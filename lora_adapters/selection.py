@@ -86,7 +86,7 @@ class _Matcher:
     def match(self, key: str, names_first: bool) -> tuple[list[str], bool]:
         """Return the modules a key of `targets` means, and whether it names modules rather than roles.
 
-        In a list a word is a module's name before it is a role ("q" in T5 is both); elsewhere it is the other way round.
+        In a list a word is a module's name before it is a role ("q" in T5 is both); elsewhere a role comes first.
         """
         if key.startswith("re:"):
             return self._required(key, check_pattern(key[3:]).search), True

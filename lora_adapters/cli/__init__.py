@@ -1,1 +1,64 @@
-"""The command line."""
+"""The command line. Each command's module is imported when the command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from .. import __version__
+
+#: Command -> (module here, one line for --help).
+_COMMANDS = {
+    "demo": ("demo", "Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes."),
+    "plugins": ("plugins", "List the installed plugins and what became of each."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f".{_COMMANDS[cmd_name][0]}", __name__)
+        return module.command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-adapters")
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, traceback: bool) -> None:
+    """LoRA for every PyTorch model you already have."""
+    ctx.obj = {"traceback": traceback}
+
+
+def main() -> None:
+    """Run the command line: one line for an error raised on purpose, exit code 1."""
+    import sys
+
+    from ..errors import LoraAdaptersError
+
+    try:
+        cli.main(prog_name="lora-adapters")
+    except LoraAdaptersError as error:
+        if "--traceback" in sys.argv:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

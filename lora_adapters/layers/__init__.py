@@ -1,4 +1,4 @@
-"""Thin subclasses of PEFT's LoRA layers: same class names, same state_dict keys, built directly and merged through stores.
+"""Thin subclasses of PEFT's LoRA layers: same names and state_dict keys, built directly, merged through stores.
 
 This module imports nothing, so that planning stays light; the classes are loaded by name.
 """

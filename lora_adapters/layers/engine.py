@@ -55,7 +55,7 @@ class EngineLayer(nn.Module, LoraLayer):
     if TYPE_CHECKING:
         # What a layer class brings: where its factors live, and scaling * B @ A in the base weight's own layout.
         def _set_factors(self, name: str, factors: Factors) -> None: ...
-        def get_delta_weight(self, adapter: str) -> torch.Tensor: ...
+        def get_delta_weight(self, adapter: str) -> torch.Tensor: ...  # noqa: D102
 
     @classmethod
     def wrap(cls, base: nn.Module) -> EngineLayer:
@@ -123,9 +123,9 @@ class EngineLayer(nn.Module, LoraLayer):
         with torch.no_grad():
             # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
             wide = torch.promote_types(store.dtype, torch.float32)
-            merged = store.dense_module(store.read(wide))
-            weight = merged.weight.data
-            own_bias = getattr(merged, "bias", None)
+            merged: Any = store.dense_module(store.read(wide))
+            weight: torch.Tensor = merged.weight.data
+            own_bias: Any = getattr(merged, "bias", None)
             bias = None if own_bias is None else own_bias.data
             for name in names:
                 if name in self.lora_variant:
@@ -138,7 +138,7 @@ class EngineLayer(nn.Module, LoraLayer):
             if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
                 raise MergeError(f"Merging {names} gives values that are not finite. Nothing was merged here.")
             merged.weight = nn.Parameter(weight, requires_grad=False)
-            if own_bias is not None and bias is not own_bias.data:
+            if bias is not None and own_bias is not None and bias is not own_bias.data:
                 merged.bias = nn.Parameter(bias.to(own_bias.dtype), requires_grad=False)
         return merged
 
