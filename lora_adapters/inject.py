@@ -63,6 +63,8 @@ def apply(
     snapshot = Snapshot(model, _values_at_risk(model, plan))
     initialise = load is None
     try:
+        if plan.engine == "direct" and DUMMY_TARGET_MODULES is None:
+            warn("This version of peft lacks DUMMY_TARGET_MODULES, so PEFT's own injection builds the layers.")
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is not None:
             result = _inject_directly(model, plan, peft_model, initialise)
         else:

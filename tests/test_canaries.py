@@ -1,0 +1,71 @@
+"""One test for each private or undocumented name of peft, transformers and bitsandbytes that the code relies on.
+
+When one fails after an upgrade, the code falls back to the parent's behaviour and says so; this test says where to look.
+"""
+
+import pytest
+import torch
+from helpers import llama, net, state
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lora_adapters as la
+from lora_adapters import inject
+from lora_adapters.layers import BUILTIN_LAYERS
+from lora_adapters.layers.engine import EngineLayer
+
+
+def test_dummy_target_modules_still_means_inject_nothing():
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    model = net()
+    get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES))
+    assert not [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_without_the_dummy_value_pefts_own_injection_serves(monkeypatch):
+    monkeypatch.setattr(inject, "DUMMY_TARGET_MODULES", None)
+    model, x = net(), torch.arange(14).view(2, 7)
+    output = model(x)
+    with pytest.warns(la.errors.LoraAdaptersWarning, match="PEFT's own injection"):
+        adapter = la.attach(model, rank=4)
+    assert len(adapter.layers) == 7
+    torch.testing.assert_close(model(x), output)
+
+
+@pytest.mark.parametrize("spec", BUILTIN_LAYERS, ids=lambda s: s.base)
+def test_our_layers_are_laid_out_like_pefts(spec):
+    """A stock layer can become ours by setting __class__, so both must have one memory layout."""
+    from lora_adapters.hooks.manager import load_object
+
+    ours = load_object(spec.layer)
+    peft_class = next(c for c in ours.__bases__ if c.__module__.startswith("peft."))
+    layer = peft_class.__new__(peft_class)
+    nn.Module.__init__(layer)
+    layer.__class__ = ours
+    assert isinstance(layer, EngineLayer)
+    assert ours.__name__ == peft_class.__name__
+    assert ours.forward is peft_class.forward
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "conv", "embedding"])
+def test_our_layers_carry_every_attribute_that_pefts_carry(targets):
+    theirs, ours = net(width=32), net(width=32)
+    la.attach(ours, rank=4, targets=targets)
+    names = [layer.name for layer in la.plan(net(), rank=4, targets=targets).layers]
+    get_peft_model(theirs, LoraConfig(r=4, target_modules=names))
+    for name in names:
+        peft_layer, layer = theirs.get_submodule(name), ours.get_submodule(name)
+        missing = set(vars(peft_layer)) - set(vars(layer)) - {"conv_fn", "kwargs"}
+        assert not missing, missing
+        assert peft_layer._modules.keys() == layer._modules.keys()
+        assert repr(peft_layer) .splitlines()[0] == repr(layer).splitlines()[0]
+
+
+def test_state_dict_keys_are_pefts():
+    theirs, ours = llama(), llama()
+    la.attach(ours, rank=4, targets="attention")
+    get_peft_model(theirs, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    assert state(ours)["flags"] == state(theirs)["flags"]
