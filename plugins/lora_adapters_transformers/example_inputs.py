@@ -18,7 +18,9 @@ def example_inputs(model: nn.Module, batch_size: int, sequence_length: int, devi
     """
     config: Any = model.config
     accepted = forward_parameters(model)
-    shape = (batch_size, sequence_length)
+    # MusicGen's decoder takes one row per codebook, and labels of another shape.
+    codebooks = config.num_codebooks if str(config.model_type).startswith("musicgen") else 1
+    shape = (batch_size * codebooks, sequence_length)
     ids = _token_ids(config, shape, device)
     main = getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Any] = {}
@@ -29,12 +31,13 @@ def example_inputs(model: nn.Module, batch_size: int, sequence_length: int, devi
     else:
         inputs[main] = _dense_input(main, config, batch_size, device)
     if "attention_mask" in accepted and main in ("input_ids", "inputs"):
-        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long, device=device)
+        inputs["attention_mask"] = torch.ones((batch_size, sequence_length), dtype=torch.long, device=device)
     if "bbox" in accepted:
         inputs["bbox"] = torch.zeros((*shape, 4), dtype=torch.long, device=device)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and _needs_decoder_ids(model):
         inputs["decoder_input_ids"] = ids
-    inputs.update(_labels(model, accepted, ids, device))
+    if codebooks == 1:
+        inputs.update(_labels(model, accepted, ids, device))
     return inputs
 
 

@@ -36,7 +36,7 @@ def classify(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
         module = getattr(module, "base_layer", module)
         owners = list(_owners(name, by_name))
         place, _ = targets.place_of([type(owner).__name__ for owner in owners])
-        mixers = mixers or place == "mixer"
+        mixers = mixers or place in ("mixer", "linear attention")
         roles[name] = known.roles.get(name) or _role(name, module, place, _inside(name, heads))
         if name not in never and (reason := _never(name, module, owners, place)):
             never[name] = reason
@@ -65,9 +65,10 @@ def _role(name: str, module: nn.Module, place: str, in_head: bool) -> str:
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
     if convolution and max(module.kernel_size) > 1:
         return "conv"
-    if place == "router" or (place != "attention" and place != "mixer" and _is_router(name, module)):
+    in_attention = place in ("attention", "linear attention")
+    if place == "router" or (not in_attention and place != "mixer" and _is_router(name, module)):
         return "router"
-    if place in ("attention", "mixer"):
+    if in_attention:
         role = targets.leaf_role(_without_wrapper(name))
         return role or ("conv" if convolution else "other")
     if place in targets.OTHER_PLACES:
@@ -91,15 +92,25 @@ def _without_wrapper(name: str) -> str:
 def _never(name: str, module: nn.Module, owners: list[nn.Module], place: str) -> str:
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return targets.MHA_REASON
+    cls = type(module)
+    if isinstance(module, nn.Linear) and _has_own_forward(cls) and cls.__name__ not in targets.PLAIN_LINEARS:
+        return targets.NOT_PLAIN_REASON.format(cls=cls.__name__)
     if not owners:
         return ""
     owner = type(owners[0])
     if place == "mixer" and re.search(targets.MAMBA, owner.__name__) and re.search(targets.MAMBA_NEVER, name):
         return targets.MAMBA_REASON
-    parent, _, leaf = name.rpartition(".")
+    leaf = name.rpartition(".")[2]
+    if leaf in targets.CALLED.get(owner.__name__, ()):
+        return ""
     if leaf in _read_directly(owner):
         return targets.DIRECT_REASON.format(owner=owner.__name__)
     return ""
+
+
+def _has_own_forward(cls: type[nn.Module]) -> bool:
+    definer = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
+    return definer.__module__.split(".")[0] in ("transformers", "transformers_modules")
 
 
 @functools.cache
@@ -124,14 +135,32 @@ def _weights_in(method: Any) -> set[str]:
     return {match[1] for match in _WEIGHT_READ.finditer(source)}
 
 
+def _expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and "expert" in (prefix + type(module).__name__).lower():
+                yield f"{prefix}.{name}", parameter
+
+
+def _shared_weights(info: ModelInfo) -> int:
+    """Count the linear layers whose weight is another one's too."""
+    weights = [id(m.weight) for m in info.modules.values() if isinstance(m, nn.Linear)]
+    return len(weights) - len(set(weights))
+
+
 def _notes(info: ModelInfo, mixers: bool) -> Iterator[str]:
-    bare = {n: p for n, p in info.model.named_parameters() if p.ndim == 3 and re.search(r"expert", n)}
+    bare = dict(_expert_parameters(info.model))
     if bare:
         count = sum(p.numel() for p in bare.values())
         leaves = sorted({".".join(n.rsplit(".", 2)[-2:]) for n in bare})
         yield (
             f"{count:,} values of the experts are 3-dimensional parameters, which no LoRA layer reaches; "
             f"PEFT's target_parameters={leaves} adapts them."
+        )
+    if shared := _shared_weights(info):
+        yield (
+            f"{shared} linear layers share their weight with another layer (the model reuses blocks): each gets an "
+            "adapter of its own, so merging them would change the shared weight for all."
         )
     if mixers:
         yield "Some layers mix tokens without softmax attention (state space or linear attention): default is all-linear."

@@ -13,12 +13,12 @@ from lora_adapters.hooks.specs import TargetMap
 
 #: Place -> class names of the modules that make it. The nearest ancestor with an entry decides; first match wins.
 PLACES: tuple[tuple[str, str], ...] = (
-    ("indexer", r"Indexer|Compressor|HyperConnection"),
+    ("indexer", r"Indexer|HyperConnection"),
     ("router", r"Router|Gating$|TopKGate"),
     ("pooler", r"Pooler|SequenceSummary"),
-    ("mixer", r"Mamba|Mixer|DeltaNet|Delta(Rule)?Attention|LinearAttention|Lightning|ShortConv|RecurrentBlock|RgLru"),
-    ("mixer", r"xLSTMLayer$|mLSTM|ForgetGate"),
-    ("attention", r"(Attention|Attn)(?!.*(Layer|Model|Stack)$)|MLA$|SelfOutput$|CCAProjection"),
+    ("mixer", r"Mamba|Mixer|ShortConv|RecurrentBlock|RgLru|ForgetGate"),
+    ("linear attention", r"DeltaNet|Delta(Rule)?Attention|LinearAttention|Lightning|xLSTMLayer$|mLSTM|RwkvSelfAttention"),
+    ("attention", r"(Attention|Attn)(?!.*(Layer|Model|Stack)$)|MLA$|SelfOutput$|CCAProjection|KV?Compressor$|HCACompressor|CSACompressor"),
     ("projector", r"Projector|Projection|Connector|Resampler|PatchMerger|Aligner"),
     ("mlp", r"MLP|Mlp|FeedForward|FFN|PositionWise|DenseActDense|DenseGatedAct|Expert|Intermediate$|^FF$"),
     ("embeddings", r"Embeddings?$|PatchEmbed"),
@@ -26,27 +26,27 @@ PLACES: tuple[tuple[str, str], ...] = (
 
 #: Names of projections inside attention and mixers, searched from the last part of the name; first match wins.
 ATTENTION_LEAVES: tuple[tuple[str, str], ...] = (
-    ("qkv", r"(^|[._])(qkv|query_key_value|c_attn|Wqkv|wqkv|qkvz|to_qkv|in_proj_qkvz?|qkv_proj|attn_qkv)$"),
-    ("kv", r"(^|[._])(kv|to_kv|kv_proj|key_value|kv_[ab]_proj|kv_a_proj_with_mqa)$"),
-    ("q", r"(^|[._])(q|query|queries|to_q|wq|Wq|q_[ab]|project_q|receptance)(_(proj|lin|head|global|linear|gate_proj))?$"),
-    ("q", r"(^|[._])((layout|w2e|e2w|e2e)_query|query_key|q_[ab]_proj)$"),
-    ("k", r"(^|[._])(k|key|keys|to_k|wk|Wk|project_k|layout_key)(_(proj|lin|head|global|linear|protein))?$"),
-    ("v", r"(^|[._])(v|value|values|to_v|wv|Wv|project_v|layout_value)(_(proj|lin|head|global|linear|protein))?$"),
+    ("qkv", r"(^|\.)(qkv|query_key_value|c_attn|Wqkv|wqkv|qkvz|to_qkv|in_proj_qkvz?|qkv_proj|attn_qkv|in_proj)$"),
+    ("kv", r"(^|\.)(kv|to_kv|kv_proj|key_value|kv_[ab]_proj|kv_a_proj_with_mqa)$"),
+    ("q", r"(^|\.)(q|query|queries|to_q|wq|Wq|q_[ab]|project_q|receptance)(_(proj|lin|head|global|linear|gate_proj))?$"),
+    ("q", r"(^|\.)((layout|w2e|e2w|e2e)_query|query_key|q_[ab]_proj)$"),
+    ("k", r"(^|\.)(k|key|keys|to_k|wk|Wk|project_k|layout_key)(_(proj|lin|head|global|linear|protein))?$"),
+    ("v", r"(^|\.)(v|value|values|to_v|wv|Wv|project_v|layout_value)(_(proj|lin|head|global|linear|protein))?$"),
     ("v", r"v_proj_(current|delayed)$"),
-    ("o", r"(^|[._])(o|out|output|attention_out|wo|Wo|o_[ab]|to_out(\.0)?)(_(proj|lin|linear))?$"),
-    ("o", r"(^|[._])(dense|c_proj|proj|post_proj|projection|projection_layer)$"),
+    ("o", r"(^|\.)(o|out|output|attention_out|wo|Wo|o_[ab]|to_out(\.0)?)(_(proj|lin|linear))?$"),
+    ("o", r"(^|\.)(dense|c_proj|proj|post_proj|projection|projection_layer)$"),
 )
 
 #: Names that say "feed-forward" where the owner's class says nothing (a layer that holds its own fc1 and fc2).
 MLP_NAMES = (
-    r"(^|[._])(fc_?[12]|fc_(in|out)|lin[12]|linear_?[12]|w[123]|wi(_[01])?|c_fc|ffn(_output)?|gate_proj|up_proj|down_proj)$"
+    r"(^|\.)(fc_?[12]|fc_(in|out)|lin[12]|linear_?[12]|w[123]|wi(_[01])?|c_fc|ffn(_output)?|gate_proj|up_proj|down_proj)$"
     r"|(^|\.)(mlp|ffn|feed_forward|ff)\.\d+(\.\d+)?$|(^|\.)(\w+_)?(intermediate|output)(_query)?\.dense$"
 )
 #: Modules of a mixture of experts that choose or weigh experts.
 ROUTER_NAMES = r"(^|\.)(router|gate|shared_expert_gate|router\.(classifier|layer|gate))$"
 
 #: Places whose modules belong to no better-known role.
-OTHER_PLACES = ("indexer", "pooler", "projector", "embeddings")
+OTHER_PLACES = ("mixer", "indexer", "pooler", "projector", "embeddings")
 
 MAMBA = r"Mamba|SSM"
 #: Read by fused kernels as `module.weight`; PEFT refuses them too. Kept as data for classes whose source can't be read.
@@ -55,21 +55,30 @@ MAMBA_REASON = "fused Mamba kernels read its weight without calling it, so an ad
 MHA_REASON = "torch.nn.MultiheadAttention reads its weight without calling it, so an adapter would do nothing"
 DIRECT_REASON = "{owner} reads its weight without calling it, so an adapter would do nothing"
 
+#: Owner's class -> children whose weight its source reads on a path that no model takes (they are called otherwise).
+CALLED = {"DisentangledSelfAttention": ("in_proj",)}
+#: Subclasses of torch.nn.Linear with a forward of their own that is the plain product all the same.
+PLAIN_LINEARS = ("FalconLinear",)
+NOT_PLAIN_REASON = "its class {cls} computes something else than a linear product, so a LoRA layer would not fit it"
+
 #: Class name -> module that makes the task's output inside the base model, where the task class adds none of its own.
-INNER_HEADS = {"PerceiverForSequenceClassification": ("perceiver.decoder",)}
+INNER_HEADS = {"PerceiverForSequenceClassification": ("perceiver.decoder.decoder.final_layer",)}
 
 #: Attention whose projections are no modules: family -> the note the plan shows.
 UNREACHABLE = {
-    "xlnet": "XLNet's attention projections (rel_attn.q, k, v, o, r) are bare parameters, which no LoRA layer reaches; "
-    "only the feed-forward layers are adapted. PEFT's target_parameters can't adapt them either: they enter einsum.",
+    "xlnet": "XLNet's attention projections (rel_attn.q, k, v, o, r) are bare parameters that enter einsum, which no LoRA "
+    "layer reaches: the default adapts the feed-forward layers only.",
 }
 
 TARGET_MAPS: tuple[TargetMap, ...] = (
+    TargetMap("transformers", ("*",), default="attention+mlp", shared_input=(("q", "k", "v"), ("q", "kv"))),
+    TargetMap("transformers", ("xlnet",), default="mlp"),
+    TargetMap("transformers", ("fsmt",), roles={"head": (r"(^|\.)decoder\.output_projection$",)}),
+    # Its projections are convolutions of width 1, and the one after attention stands outside the attention module.
     TargetMap(
-        backend="transformers",
-        families=("*",),
-        default="attention+mlp",
-        shared_input=(("q", "k", "v"), ("q", "kv")),
+        "transformers",
+        ("squeezebert",),
+        roles={"o": (r"\.post_attention\.conv1d$",), "mlp": (r"\.(intermediate|output)\.conv1d$",)},
     ),
 )
 

@@ -21,7 +21,8 @@ _TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("CAUSAL_LM", ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
      r"ForCausalLM$|LMHeadModel$|ForConditionalGeneration$"),
 )  # fmt: skip
-_LM_HEADED = re.compile(r"LM|ForConditionalGeneration|ForTextToText|ForPreTraining|EncoderDecoder|Transcribe")
+#: Class names of models whose head is new for every task.
+_NEW_HEAD = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Regression|NextSentence|RewardModel|Ranking")
 
 
 def _registered(registry: str) -> Iterator[str]:
@@ -56,9 +57,7 @@ def heads_to_train(model: nn.Module) -> tuple[str, ...]:
     name = type(model).__name__
     if name in INNER_HEADS:
         return INNER_HEADS[name]
-    if not isinstance(model, PreTrainedModel) or _LM_HEADED.search(name):
-        return ()
-    if task_type(model) in (None, "FEATURE_EXTRACTION", "CAUSAL_LM", "SEQ_2_SEQ_LM") and "Classification" not in name:
+    if not isinstance(model, PreTrainedModel) or not _NEW_HEAD.search(name):
         return ()
     output = model.get_output_embeddings()
     return tuple(name for name, child in _own_children(model) if child is not output)

@@ -101,8 +101,12 @@ class Recorder(TorchDispatchMode):
         self._tags: dict[int, Tag] = {}
         self._written: dict[int, Tag] = {}
         self._keep: list[Any] = []  # an id is only a name while its tensor lives
-        for name, parameter in model.named_parameters():
-            self.put(parameter, Tag(weights=frozenset((name,))))
+        self._aliases: dict[str, set[str]] = {}
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            own = first.setdefault(id(parameter), name)
+            self._aliases.setdefault(own, set()).add(name.rpartition(".")[0])
+            self.put(parameter, Tag(weights=frozenset((own,))))
 
     def put(self, tensor: Tensor, tag: Tag) -> None:
         self._tags[id(tensor)] = tag
@@ -123,9 +127,10 @@ class Recorder(TorchDispatchMode):
         tag = self._tag_result(name, args, tensors, out)
         if tag is not _EMPTY:
             for result in tree_flatten(out)[0]:
-                if isinstance(result, Tensor):
+                # Indices and masks choose what is read; they are not what is read.
+                if isinstance(result, Tensor) and result.is_floating_point():
                     self.put(result, tag)
-            if func._schema.is_mutable and tensors:
+            if func._schema.is_mutable and tensors and tensors[0].is_floating_point():
                 key = tensors[0].untyped_storage()._cdata
                 self._written[key] = _union([self._written.get(key, _EMPTY), tag])
         else:
@@ -166,7 +171,7 @@ class Recorder(TorchDispatchMode):
     def _projection(self, x: Tensor, tag: Tag, names: frozenset[str]) -> Tag:
         for name in names:
             self.trace.inputs[name] = _union([self.trace.inputs.get(name, _EMPTY), tag])
-            if name.removesuffix(".weight") not in self.active:
+            if self._aliases[name].isdisjoint(self.active):
                 self.trace.read_directly.add(name)
         source = x.untyped_storage()._cdata
         for index in tag.attention:
@@ -198,6 +203,8 @@ def _data_dependent(name: str, args: Any, kwargs: Any) -> Any:
         return x.new_empty(kwargs.get("minlength", 0) or (args[2] if len(args) > 2 else 1), dtype=torch.long)
     if name == "masked_select":
         return x.new_empty(_rows(x.numel()))
+    if name == "_grouped_mm":  # its meta kernel takes bfloat16 only
+        return x.new_empty((x.shape[0], args[1].shape[-1]))
     if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu":
         return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
     if name == "repeat_interleave" and len(args) == 1:
