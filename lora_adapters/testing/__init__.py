@@ -1,1 +1,16 @@
-"""Contracts and tiny models for plugin authors and for this project's own tests."""
+"""What a plugin author tests with: contracts to subclass, and tiny models.
+
+    from lora_adapters.testing import BackendContract, QuantizerContract
+
+    class TestMyBackend(BackendContract):
+        def make_backend(self): ...
+        def make_model(self): ...
+
+The contracts need nothing but plain classes with `test_` methods: pytest runs them, and so does a loop.
+"""
+
+from .backend_contract import BackendContract
+from .models import TinyConv, TinyMLP, TinyText
+from .quantizer_contract import QuantizerContract
+
+__all__ = ["BackendContract", "QuantizerContract", "TinyConv", "TinyMLP", "TinyText"]

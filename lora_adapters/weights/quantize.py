@@ -109,8 +109,8 @@ def store_for(module: nn.Module, quantizers: Iterable[Quantizer] = ()) -> Weight
 
 def _plugin_store(module: nn.Module) -> WeightStore | None:
     """Return the store an installed plugin's quantizer has for a module; a plugin that fails is reported and passed."""
-    # torch's own layers are dense, and most of a model: nobody is asked about them.
-    if type(module).__module__.startswith("torch.nn."):
+    # torch's own layers are dense, containers hold nothing: that is most of a model, and nobody is asked about it.
+    if type(module).__module__.startswith("torch.nn.") or not (module._parameters or module._buffers):
         return None
     for name, spec in plugins().quantizers().items():
         try:
