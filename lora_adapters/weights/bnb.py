@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import LoraAdaptersWarning, UnsupportedError
 from . import primitives
 from .conv4bit import Conv4bit, Conv4bitStore
 from .dense import carry_settings, check_shape, copy_bias
@@ -64,13 +65,14 @@ def _unrepacked(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
 
 
 def guard_cpu_repacking(model: nn.Module) -> int:
-    """Stop bitsandbytes from repacking 4-bit weights on the CPU, and undo it where it has happened. In place.
+    """Make every Linear4bit of a model compute and differentiate rightly on the CPU, adapted or not. In place.
 
-    On CPUs with AVX512-BF16 a forward in eval mode without gradients repacks the weight of a Linear4bit for a faster
-    kernel. After that the input's gradient is None even in train mode and dequantization returns wrong values; and the
-    repacking itself raises for layers whose in_features is no multiple of the block size (96, with 64) or whose
-    out_features is no multiple of 32. Every Linear4bit of the model is guarded, adapted or not; it then computes
-    through dequantization in both modes. Moving or copying the model keeps the guard.
+    Two things go wrong without it. On CPUs with AVX512-BF16 a forward in eval mode without gradients repacks the weight
+    for a faster kernel: after that the input's gradient is None even in train mode and dequantization returns wrong
+    values; the repacking itself raises where in_features is no multiple of the block size or out_features none of 32.
+    So repacking is switched off, and undone where it has happened. And on CPUs with AVX512 a layer whose in_features is
+    no multiple of the block size (96, with 64) computes with wrong weights in both modes: it becomes a
+    `linear4bit.Linear4bit`. Moving or copying the model keeps both.
 
     Returns:
         The number of Linear4bit layers in the model.
@@ -78,18 +80,32 @@ def guard_cpu_repacking(model: nn.Module) -> int:
     Raises:
         UnsupportedError: a layer has been repacked and this version of bitsandbytes can't undo it.
     """
-    layers: list[Any] = [module for module in model.modules() if _is_bnb(module, "Linear4bit")]
-    for layer in layers:
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if _is_bnb(m, "Linear4bit")]
+    for _, layer in layers:
         layer.support_avx512bf16_for_cpu = False
-    for layer in layers:
-        state = _state(layer)
-        if _is_repacked(layer):
-            layer.weight.data, state = _unrepacked(layer.weight.data, state)
-            layer.weight.quant_state = layer.quant_state = state
-        elif state is not None and "state2" not in vars(state):
-            # A repacking that raised half-way has unpacked the nested maxima to fp32 and deleted their state.
-            state.state2 = None
+    for name, layer in layers:
+        _undo_repacking(layer)
+        from .linear4bit import mend
+
+        if not mend(layer):
+            warnings.warn(
+                f"{name} is a {type(layer).__name__} with in_features {layer.in_features}: bitsandbytes gives wrong "
+                "results on CPUs with AVX512 for this size. It is not of bitsandbytes' own class, so it stays.",
+                LoraAdaptersWarning,
+                stacklevel=2,
+            )
     return len(layers)
+
+
+def _undo_repacking(layer: Any) -> None:
+    """Give a repacked weight its ordinary layout, and a state left half-converted by a repacking that raised, sense."""
+    state = _state(layer)
+    if _is_repacked(layer):
+        layer.weight.data, state = _unrepacked(layer.weight.data, state)
+        layer.weight.quant_state = layer.quant_state = state
+    elif state is not None and "state2" not in vars(state):
+        # The nested maxima have been unpacked to fp32 and their state deleted: it is a state without nesting now.
+        state.state2 = None
 
 
 def _state(module: Any) -> Any:
@@ -142,7 +158,7 @@ class Linear4bitStore:
         """
         check_shape(weight, self.shape)
         if _is_repacked(self.module):
-            guard_cpu_repacking(self.module)
+            _undo_repacking(self._layer)
         state, stored = _state(self.module), self._layer.weight.data
         values = weight.to(self.device)
         packed, new = primitives.quantize(values, state.quant_type, state.blocksize, state.nested, stored.dtype)

@@ -20,6 +20,9 @@ from .store import WeightStore
 class Bnb4bit:
     """Stores linear and convolution weights in 4 bits: bitsandbytes' Linear4bit, our Conv1d4bit and Conv2d4bit.
 
+    Linear layers whose in_features is no multiple of the block size become our subclass of Linear4bit, which is right
+    on CPUs where bitsandbytes is not.
+
     The weight is quantized in the dtype it has, as transformers does it.
 
     Attributes:
@@ -82,7 +85,10 @@ class Bnb4bit:
             "quant_type": self.quant_type,
             "quant_storage": self.quant_storage,
         }
-        new = classes.Linear4bit(
+        from .linear4bit import Linear4bit, is_mishandled
+
+        make: Any = Linear4bit if is_mishandled(store.shape[1], self.blocksize) else classes.Linear4bit
+        new = make(
             *reversed(store.shape),
             bias=module.bias is not None,
             compute_dtype=compute_dtype,

@@ -128,9 +128,10 @@ def empty_state(
 def dequantize(packed: torch.Tensor, state: QuantState, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """Return the dense weight of `shape`: each value is maximum * code in fp32, rounded once to `dtype`.
 
-    Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit. The values are asked for as one row of even length,
-    because bitsandbytes compiles a new kernel for every shape with an odd last dimension on the CPU (seconds for each
-    3x3 convolution), and transposes what has a single packed byte.
+    Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit, where that is right. The values are asked for as one
+    row of even length, because bitsandbytes takes each row to begin a new block on CPUs with AVX512 (wrong weights for
+    rows that are no multiple of the block size), compiles a new kernel for every shape with an odd last dimension on
+    any CPU (seconds for each 3x3 convolution), and transposes what has a single packed byte.
     """
     numel = shape.numel()
     flat = copy.copy(state)

@@ -1,7 +1,7 @@
 """bitsandbytes' repacking of 4-bit weights on CPUs with AVX512-BF16, forced on whatever CPU runs the tests.
 
 The repacking itself is plain PyTorch and runs everywhere; only the kernel that reads the repacked weight needs the
-instructions, so the outputs of a repacked layer mean nothing here and are not looked at.
+instructions, so without them the outputs of a repacked layer mean nothing and are not looked at.
 """
 
 import copy
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_adapters.errors import UnsupportedError
+from lora_adapters.errors import LoraAdaptersWarning, UnsupportedError
 from lora_adapters.weights import Bnb4bit, Nf4, guard_cpu_repacking, store_for
+from lora_adapters.weights.linear4bit import Linear4bit
 
 
 def stock(shape=(128, 64), nested=True, quant_type="nf4", storage=torch.uint8):
@@ -45,13 +46,30 @@ def test_the_private_names_and_the_trap_are_still_there():
     """A canary. If it fails, bitsandbytes changed: look whether guard_cpu_repacking is still needed and still works."""
     assert callable(bnb.nn.modules._convert_weight_packed_for_cpu_inverse)
     layer = stock()
+    layer.bias = None
     weight = store_for(layer).read()
     evaluate(layer)
     assert layer.weight.quant_state.packing_format_for_cpu
     x = torch.randn(2, 128, requires_grad=True)
-    # With the instructions the gradient is None. Without them the kernel's stand-in differentiates, in the wrong layout.
-    layer.train()(x).sum().backward()
-    assert x.grad is None or not torch.allclose(x.grad, weight.sum(0).expand(2, -1), atol=0.1)
+    y = layer.train()(x).sum()
+    # With the instructions there is no gradient; without them the kernel's stand-in differentiates a wrong layout.
+    (dx,) = torch.autograd.grad(y, x, allow_unused=True) if y.requires_grad else (None,)
+    assert dx is None or not torch.allclose(dx, weight.sum(0).expand(2, -1), atol=0.1)
+
+
+class OwnForward(bnb.nn.Linear4bit):
+    """Somebody's subclass."""
+
+
+def test_classes_that_cannot_be_mended_are_named():
+    model = nn.ModuleDict({"theirs": OwnForward(96, 64).to("cpu"), "stock": bnb.nn.LinearNF4(96, 64).to("cpu")})
+    with pytest.warns(LoraAdaptersWarning, match="theirs is a OwnForward with in_features 96"):
+        assert guard_cpu_repacking(model) == 2
+    assert type(model["theirs"]) is OwnForward
+    assert type(model["stock"]) is Linear4bit
+    whole = bnb.nn.LinearNF4(128, 64).to("cpu")
+    guard_cpu_repacking(whole)
+    assert type(whole) is bnb.nn.LinearNF4
 
 
 @pytest.mark.parametrize("shape", [(128, 64), (64, 64), (192, 32), (96, 64), (64, 33), (33, 32), (100, 7)])

@@ -22,6 +22,8 @@ from lora_adapters.weights import (
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 64}
 LLAMA = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
 GPT2 = GPT2Config(n_embd=96, n_layer=1, n_head=4, vocab_size=64, n_positions=32)
+#: transformers moves quantized models to a GPU if there is one; the comparison is on the CPU.
+CPU = {"device_map": {"": "cpu"}}
 CONFIGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.bfloat16},
@@ -53,7 +55,7 @@ def in_memory(folder, request, dtype):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_same_bits_as_from_pretrained(folders, architecture, name, dtype):
     config = BitsAndBytesConfig(**CONFIGS[name])
-    theirs = AutoModelForCausalLM.from_pretrained(folders[architecture], dtype=dtype, quantization_config=config)
+    theirs = AutoModelForCausalLM.from_pretrained(folders[architecture], dtype=dtype, quantization_config=config, **CPU)
     guard_cpu_repacking(theirs)
     ours, _, names = in_memory(folders[architecture], config, dtype)
     assert len(names) >= 4
@@ -98,7 +100,7 @@ def test_saved_by_transformers_and_read_back(folders, name, tmp_path):
     partly = [n for n in names if "mlp" not in n]
     expected = {n: store_for(model.get_submodule(n)).read() for n in names}
     model.save_pretrained(tmp_path / "whole")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **CPU)
     guard_cpu_repacking(again)
     for n in names:
         assert torch.equal(store_for(again.get_submodule(n)).read(torch.float32), expected[n].float())
@@ -106,7 +108,7 @@ def test_saved_by_transformers_and_read_back(folders, name, tmp_path):
     quantize_modules(model, dict.fromkeys(partly, quantizer_for(name)), torch.float32)
     mark_quantized(model, quantizer_for(name), torch.float32)
     model.save_pretrained(tmp_path / "part")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "part")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "part", **CPU)
     formats = {n: store_for(again.get_submodule(n)).format for n in names}
     assert formats == {n: name if n in partly else "dense" for n in names}
 
@@ -114,7 +116,7 @@ def test_saved_by_transformers_and_read_back(folders, name, tmp_path):
 def test_a_model_transformers_loaded_can_be_mended(folders):
     """hidden_size 96: on a CPU with AVX512-BF16 its first evaluation would raise; the flag is forced here."""
     config = BitsAndBytesConfig(**CONFIGS["nf4"])
-    model = AutoModelForCausalLM.from_pretrained(folders["llama"], quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], quantization_config=config, **CPU)
     reference = copy.deepcopy(model)
     guard_cpu_repacking(reference)
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
