@@ -9,7 +9,7 @@ time is at most (pattern length) x (name length). Anything else is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from .errors import CheckpointError
@@ -106,7 +106,9 @@ class _Machine:
             self.closure[index] = (1 << index) | (self.closure[index + 1] if atoms[index][1] else 0)
         self.known: dict[tuple[int, str], int] = {}
         self.steps = 0
-        self.fixed = not any(optional for _, optional, _ in atoms)
+        # Without repetition there is nothing to backtrack over, so `re` itself is linear, and much faster.
+        fixed = not any(optional for _, optional, _ in atoms)
+        self.fixed = re.compile("".join(one.pattern for one, _, _ in atoms)) if fixed else None
 
     def step(self, states: int, character: str) -> int:
         self.steps += 1
@@ -122,27 +124,20 @@ class _Machine:
             self.known[key] = result
         return self.known[key]
 
-    def matches(self, name: str, starts: set[int]) -> bool:
-        self.steps += 1
-        first = len(name) - len(self.atoms) if self.fixed else 0
-        if self.fixed:
-            if first not in starts:
-                return False
-            starts = {first}
+    def matches(self, name: str, starts: Collection[int]) -> bool:
+        """Return True if all of `name` after one of `starts` matches."""
         states = 0
-        for position in range(first, len(name)):
+        for position, character in enumerate(name):
             if position in starts:
                 states |= self.closure[0]
-            elif not states and self.fixed:
-                return False
-            states = self.step(states, name[position])
+            states = self.step(states, character)
         if len(name) in starts:
             states |= self.closure[0]
         return bool(states >> len(self.atoms) & 1)
 
 
 class NamePattern:
-    """A pattern for module names, matched in time linear in the name.
+    """One checked pattern: its alternatives, and whether it must match from a name's beginning.
 
     Raises:
         CheckpointError: the pattern needs more than the supported syntax.
@@ -151,7 +146,6 @@ class NamePattern:
     def __init__(self, pattern: str):
         if len(pattern) > MAX_LENGTH:
             raise CheckpointError(f"A module pattern of {len(pattern)} characters is too long (at most {MAX_LENGTH}).")
-        self.steps = 0  # work done so far
         self.anchored = pattern.startswith("^")
         body = pattern[1:] if self.anchored else pattern
         if body.endswith("$") and not body.endswith("\\$"):
@@ -162,21 +156,6 @@ class NamePattern:
             raise parser.fail("closes a group that is not open")
         if pattern != body and "|" in body and len(self.machines) > 1 and _top_level_bar(body):
             raise parser.fail("anchors only one of its alternatives")
-
-    def matches(self, name: str, suffix: bool = True) -> bool:
-        """True if the pattern matches all of `name` or, with `suffix`, all of it after some dot (PEFT's rule)."""
-        starts = {0}
-        if suffix and not self.anchored:
-            starts.update(index + 1 for index, character in enumerate(name) if character == ".")
-        for machine in self.machines:
-            before = machine.steps
-            found = machine.matches(name, starts)
-            self.steps += machine.steps - before
-            if found:
-                return True
-            if self.steps > MAX_STEPS:
-                raise _too_long("A pattern")
-        return False
 
 
 def _too_long(what: str) -> CheckpointError:
@@ -200,14 +179,29 @@ class PatternMap(Generic[Value]):
 
     Args:
         patterns: pattern -> value.
-        suffix: see `NamePattern.matches`.
+        suffix: True matches all of a name after any of its dots too (rank_pattern's rule in PEFT); False only all of
+            it (the rule of a target_modules string).
+
+    Raises:
+        CheckpointError: a pattern needs more than the supported syntax, or they are too long together.
     """
 
     def __init__(self, patterns: Mapping[str, Value], suffix: bool = True):
         if sum(map(len, patterns)) > MAX_TOTAL_LENGTH:
             raise _too_long(f"{len(patterns)} patterns of this length")
-        self.entries = [(NamePattern(pattern), value) for pattern, value in patterns.items()]
+        self.values = list(patterns.values())
         self.suffix = suffix
+        # A pattern without repetition matches names of one length: most names need not be tried against it.
+        self.fixed: dict[int, list[tuple[int, bool, re.Pattern[str]]]] = {}
+        self.flexible: list[tuple[int, bool, _Machine]] = []
+        for order, text in enumerate(patterns):
+            pattern = NamePattern(text)
+            for machine in pattern.machines:
+                if machine.fixed:
+                    entries = self.fixed.setdefault(len(machine.atoms), [])
+                    entries.append((order, pattern.anchored, machine.fixed))
+                else:
+                    self.flexible.append((order, pattern.anchored, machine))
 
     def look_up(self, names: Iterable[str], default: Value) -> dict[str, Value]:
         """Value of every name.
@@ -216,16 +210,33 @@ class PatternMap(Generic[Value]):
             CheckpointError: it would take too long.
         """
         result: dict[str, Value] = {}
-        steps = 0
+        self.steps = 0
         for name in names:
-            result[name] = default
-            for pattern, value in self.entries:
-                before = pattern.steps
-                found = pattern.matches(name, self.suffix)
-                steps += pattern.steps - before
-                if found:
-                    result[name] = value
-                    break
-            if steps > MAX_STEPS:
-                raise _too_long(f"{len(self.entries)} patterns")
+            first = self._first(name)
+            result[name] = default if first is None else self.values[first]
         return result
+
+    def _first(self, name: str) -> int | None:
+        starts = {0}
+        if self.suffix:
+            starts.update(index + 1 for index, character in enumerate(name) if character == ".")
+        found: int | None = None
+        for start in starts:
+            for order, anchored, pattern in self.fixed.get(len(name) - start, ()):
+                self._spend(1)
+                if (found is None or order < found) and not (anchored and start) and pattern.fullmatch(name, start):
+                    found = order
+        for order, anchored, machine in self.flexible:
+            if found is not None and order > found:
+                break
+            before = machine.steps
+            matches = machine.matches(name, {0} if anchored else starts)
+            self._spend(1 + machine.steps - before)
+            if matches:
+                return order
+        return found
+
+    def _spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise _too_long(f"{len(self.values)} patterns")
