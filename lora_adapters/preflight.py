@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MARGIN = 0.10
 
 #: Host bytes that libraries allocate once on their first load, whatever the model.
-LIBRARY_BYTES = 32 << 20
+LIBRARY_BYTES = 16 << 20
 
 #: transformers reads this many tensors at a time, fewer where there are fewer cores.
 _READERS = 4
@@ -64,24 +64,6 @@ class LoadNeed:
 QuantizedBytes = Callable[[TensorInfo], "int | None"]
 
 
-def linear_weights(
-    nbytes: Callable[[Any], int], skip: Iterable[str] = ("lm_head", "embed", "wte", "wpe", "classifier", "score")
-) -> QuantizedBytes:
-    """Return a QuantizedBytes for `plan_load`: 2-D weights whose name holds none of `skip` are quantized.
-
-    Args:
-        nbytes: a Quantizer's `nbytes`, from a shape to bytes.
-        skip: parts of names that stay dense.
-    """
-    words = tuple(skip)
-
-    def quantized(tensor: TensorInfo) -> int | None:
-        dense = len(tensor.shape) != 2 or not tensor.name.endswith("weight") or any(w in tensor.name for w in words)
-        return None if dense or tensor.dtype not in _CASTABLE else nbytes(tensor.shape)
-
-    return quantized
-
-
 def plan_load(
     tensors: Iterable[TensorInfo],
     *,
@@ -108,7 +90,7 @@ def plan_load(
         final += dense if quantized is None else quantized
         if quantized is not None:
             quantizing = max(quantizing, 2 * 4 * math.prod(tensor.shape))
-        if dense != tensor.nbytes or quantized is not None or device != "cpu" or not tensor.dtype:
+        if dense != tensor.nbytes or quantized is not None or device != "cpu":
             in_flight = max(in_flight, dense)
     if device == "cpu":
         return LoadNeed(final + _readers() * in_flight + quantizing + LIBRARY_BYTES, 0, device)
@@ -273,11 +255,16 @@ def _quantized_by(formats: Mapping[str, str]) -> QuantizedBytes:
 
 
 def _wanted(skeleton: nn.Module, stored: str) -> list[TensorInfo]:
-    """Return what the model will hold, tied weights once, in the dtype that the files have it in ("" if unknown)."""
+    """Return what the model will hold, tied weights once, in the dtype that the files have it in.
+
+    Where that is unknown ("") a dtype is assumed that has to be cast: the more expensive case.
+    """
     tensors: list[TensorInfo] = []
     for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()]:
-        dtype = stored if tensor.is_floating_point() else "U8"
-        size = _DTYPE_BYTES[dtype] if dtype in _CASTABLE else tensor.element_size()
+        dtype, size = "U8", tensor.element_size()
+        if tensor.is_floating_point():
+            dtype = stored or ("BF16" if size == 4 else "F32")
+            size = _DTYPE_BYTES[dtype]
         tensors.append(TensorInfo(name, tuple(tensor.shape), dtype, size * tensor.numel()))
     return tensors
 
