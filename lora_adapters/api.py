@@ -180,10 +180,17 @@ def load(
             raise RequestError(f"There is no backend {backend!r}. Installed: {known}.")
     errors: list[str] = []
     for spec in specs:
-        require(spec.requires, spec.extra, f"Backend {spec.name!r}")
-        loader = load_object(spec.target)()
-        if not loader.can_load(name, revision=revision) and backend is None:
-            errors.append(f"{spec.name} does not recognise it")
+        try:
+            require(spec.requires, spec.extra, f"Backend {spec.name!r}")
+            loader = load_object(spec.target)()
+            if backend is None and not loader.can_load(name, revision=revision):
+                errors.append(f"{spec.name} does not recognise it")
+                continue
+        except Exception as error:
+            # A backend that can't be used here must not keep the next one from loading the model.
+            if backend is not None:
+                raise
+            errors.append(f"{spec.name} can't be used ({error})")
             continue
         return loader.load(
             name,

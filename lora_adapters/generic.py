@@ -57,6 +57,10 @@ class GenericBackend:
             "call lora_adapters.memory.predict_step(model, inputs) with inputs of yours."
         )
 
+    def can_load(self, name: str, revision: str | None = None) -> bool:
+        """Return False: only frameworks with a hub can load by name."""
+        return False
+
     def load(self, name: str, **options: Any) -> nn.Module:
         """Raise: only frameworks with a hub can load by name."""
         raise UnsupportedError(f"No backend can load {name!r}. Build the model yourself and call attach on it.")

@@ -81,6 +81,10 @@ class Backend(Protocol):
         """Return keyword arguments of one training step's forward (labels included, if the model takes them)."""
         ...
 
+    def can_load(self, name: str, revision: str | None = None) -> bool:
+        """Return True if `load` recognises the name or folder. Asked before loading when no backend was named."""
+        ...
+
     def load(
         self,
         name: str,

@@ -120,8 +120,7 @@ class BackendContract:
         """can_load and load refuse what is no model of theirs."""
         backend: Any = self.make_backend()
         with tempfile.TemporaryDirectory() as folder:
-            if hasattr(backend, "can_load"):
-                assert backend.can_load(folder, revision=None) is False, "can_load must be False for an empty folder."
+            assert backend.can_load(folder, revision=None) is False, "can_load must be False for an empty folder."
             with refused("Loading an empty folder"):
                 options = {"dtype": torch.float32, "device": "cpu", "revision": None, "trust_remote_code": False}
                 backend.load(folder, quantization=None, **options)

@@ -173,12 +173,15 @@ class QuantizerContract:
         for layer, module in self._quantized():
             store, before = self._store(module), state_of(module)
             dense = store.dense_module(store.read())
+            weight, bias = dense._parameters["weight"], dense._parameters["bias"]
+            assert weight is not None
             assert type(dense) is type(layer), (
                 f"dense_module() makes a {type(dense).__name__} of a {type(layer).__name__}."
             )
-            assert torch.equal(dense.weight, store.read()), "dense_module() must hold the weight it was given."
+            assert torch.equal(weight, store.read()), "dense_module() must hold the weight it was given."
             if layer.bias is not None:
-                assert torch.equal(dense.bias, layer.bias), "dense_module() must keep the bias."
+                assert bias is not None, "dense_module() must keep the bias."
+                assert torch.equal(bias, layer.bias), "dense_module() must keep the bias."
             assert not (what := difference(before, state_of(module))), f"dense_module() changed the module's {what}."
 
     # ---- the module ----------------------------------------------------------------------------------------------
@@ -315,7 +318,9 @@ class QuantizerContract:
 
     def _models(self) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor], str]]:
         kinds = self._spec().kinds
-        wanted = [(TinyMLP, "all-linear")] if "linear" in kinds else []
+        wanted: list[tuple[type[TinyMLP] | type[TinyConv], str]] = []
+        if "linear" in kinds:
+            wanted.append((TinyMLP, "all-linear"))
         if {"conv1d", "conv2d"} <= set(kinds):
             wanted.append((TinyConv, "conv"))
         for cls, targets in wanted:

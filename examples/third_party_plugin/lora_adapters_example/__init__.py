@@ -1,0 +1,1 @@
+"""An example plugin for lora-adapters: a backend and a quantizer."""
