@@ -6,11 +6,13 @@ The one module that touches PEFT's private parts; tests/test_canaries.py has a t
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +62,25 @@ def apply(
         Whatever goes wrong, after the model has been set back as it was.
     """
     _refuse_foreign(model)
+    with _no_collection():
+        return _apply(model, plan, peft_model, load)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the garbage collector: thousands of new modules would make it walk everything again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _apply(
+    model: nn.Module, plan: AttachPlan, peft_model: PeftModel | None, load: Callable[[PeftModel], None] | None
+) -> tuple[PeftModel, Changes]:
     snapshot = Snapshot(model, _values_at_risk(model, plan))
     initialise = load is None
     try:
@@ -138,6 +159,7 @@ def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel |
     real = {field: getattr(config, field) for field in ("target_modules", "rank_pattern", "alpha_pattern")}
     config.target_modules, config.rank_pattern, config.alpha_pattern = DUMMY_TARGET_MODULES, {}, {}
     # PEFT freezes the base only while no layer carries an adapter, so its housekeeping comes before our layers.
+    first = peft_model is None
     peft_model = _wrap(model, config, plan) if peft_model is None else _add(peft_model, config, name)
     for field, value in real.items():
         setattr(config, field, value)
@@ -148,14 +170,16 @@ def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel |
         else:
             layer = classes[planned.layer].wrap(module)
             parent, _, child = planned.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            # Straight into the registry: a module replaces a module, so __setattr__ has nothing to check.
+            model.get_submodule(parent)._modules[child] = layer
         base = base_of(layer)
         layer.add_factors(name, _factors(base, planned, plan, initialise))
         if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
             base.bias.requires_grad_(True)
     tuner: Any = peft_model.base_model
     tuner.targeted_module_names = [layer.name for layer in plan.layers]
-    peft_model.set_adapter(name)
+    if not first or config.inference_mode:
+        peft_model.set_adapter(name, inference_mode=config.inference_mode)
     return peft_model
 
 
@@ -340,31 +364,31 @@ def verify(model: nn.Module, plan: AttachPlan, peft_model: PeftModel, initialise
             planned, or the untrained adapter already changes the output.
     """
     name = plan.request.adapter_name
-    planned = {layer.name for layer in plan.layers}
-    carrying = {
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, LoraLayer) and (name in m.lora_A or name in m.lora_embedding_A)
-    }
-    if carrying != planned:
-        odd = sorted(carrying ^ planned)
-        raise VerificationError(f"{len(odd)} layers differ from the plan, the first is {odd[0]!r}.")
+    layers: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
+    lacking = [n for n, layer in layers.items() if not isinstance(layer, LoraLayer) or name not in _names(layer)]
+    carrying = {id(m) for m in model.modules() if isinstance(m, LoraLayer) and name in _names(m)}
+    if lacking or carrying != {id(layer) for layer in layers.values()}:
+        what = f"{lacking[0]!r} was not adapted" if lacking else f"{len(carrying)} layers carry it, not {len(layers)}"
+        raise VerificationError(f"The model is not as planned: {what}.")
     if plan.engine == "direct" and not plan.request.peft_fields.get("inference_mode"):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if trainable != plan.trainable_parameters:
             raise VerificationError(f"{trainable:,} values are trainable, planned were {plan.trainable_parameters:,}.")
     plain = plan.request.peft_fields.get("init_lora_weights", True) in (True, "gaussian")
     if initialised and plain:
-        for layer_name in planned:
-            layer: Any = model.get_submodule(layer_name)
+        for layer_name, layer in layers.items():
             values = layer.lora_embedding_A[name] if name in layer.lora_embedding_A else layer.lora_B[name].weight
             if values.device.type != "meta" and torch.count_nonzero(values.detach()):
                 raise VerificationError(f"The new adapter of {layer_name!r} is not neutral.")
 
 
+def _names(layer: LoraLayer) -> set[str]:
+    return {*layer.lora_A, *layer.lora_embedding_A}
+
+
 def adapter_names(model: nn.Module) -> set[str]:
     """Return the names of all LoRA adapters on a model."""
-    return {n for m in model.modules() if isinstance(m, LoraLayer) for n in (*m.lora_A, *m.lora_embedding_A)}
+    return {name for module in model.modules() if isinstance(module, LoraLayer) for name in _names(module)}
 
 
 def unwrap_empty(model: nn.Module) -> None:

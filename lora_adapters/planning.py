@@ -16,6 +16,7 @@ import torch
 from .errors import LoraAdaptersWarning, NoTargetError, PluginError, RequestError, UnsupportedError
 from .hooks.manager import load_object, plugins, require
 from .hooks.specs import LayerSpec, PlanEdit
+from .layers import BUILTIN_LAYERS
 from .request import ENGINE_FIELDS, AttachRequest, check_alpha, check_pattern, check_rank
 from .selection import Choice, select
 from .targets import Backend, Classification, ModelInfo, candidates, expand
@@ -187,11 +188,11 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
     trained_names = _trained_names(base, trained)
     chosen = select(request, [n for n in info.modules if not _inside(n, trained_names)], classes)
     quantize, quantizers = _assign_quantizers(info, classes, request, trained_names, backend)
-    layers, skipped = [], []
+    layers, skipped, specs = [], [], _LayerSpecs()
     for name, module in info.modules.items():
         role = classes.roles.get(name, "other")
         if name in chosen:
-            layer = _plan_layer(name, module, chosen[name], request, quantize, quantizers, classes)
+            layer = _plan_layer(name, module, chosen[name], request, quantizers, classes, specs)
             (layers if isinstance(layer, PlannedLayer) else skipped).append(layer)
         else:
             reason = "trained whole" if _inside(name, trained_names) else classes.never.get(name, "not in targets")
@@ -245,17 +246,20 @@ def _trained_names(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]
     return tuple(found)
 
 
-def layer_spec(module: nn.Module) -> LayerSpec | None:
-    """Return the adapter layer for a base module, the most specific class first."""
-    from .layers import BUILTIN_LAYERS
+class _LayerSpecs:
+    """Finds the adapter layer of a base module: the most specific class first."""
 
-    specs = [*plugins().layers(), *BUILTIN_LAYERS]
-    for cls in type(module).__mro__:
-        name = f"{cls.__module__}:{cls.__qualname__}"
-        for spec in specs:
-            if spec.base == name:
-                return spec
-    return None
+    def __init__(self) -> None:
+        # Earlier ones win: plugins by priority, then our own.
+        self._by_base = {spec.base: spec for spec in reversed([*plugins().layers(), *BUILTIN_LAYERS])}
+        self._known: dict[type, LayerSpec | None] = {}
+
+    def of(self, module: nn.Module) -> LayerSpec | None:
+        cls = type(module)
+        if cls not in self._known:
+            names = (f"{c.__module__}:{c.__qualname__}" for c in cls.__mro__)
+            self._known[cls] = next((self._by_base[n] for n in names if n in self._by_base), None)
+        return self._known[cls]
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -290,9 +294,9 @@ def _plan_layer(
     module: nn.Module,
     choice: Choice,
     request: AttachRequest,
-    quantize: Mapping[str, Any],
     quantizers: Mapping[str, Quantizer],
     classes: Classification,
+    specs: _LayerSpecs,
 ) -> PlannedLayer | SkippedLayer:
     from .weights import store_for
 
@@ -310,7 +314,8 @@ def _plan_layer(
     if foreign:
         return refuse(f"it already carries a {foreign} adapter; LoRA on top of it is not supported")
     store = store_for(base)
-    spec = layer_spec(quantizers[name].quantize(_meta_like(base), torch.float32) if name in quantize else base)
+    quantizer = quantizers.get(name)
+    spec = specs.of(base if quantizer is None else quantizer.quantize(_meta_like(base), torch.float32))
     if store is None or spec is None:
         return refuse(f"no adapter layer for class {type(base).__module__}.{type(base).__qualname__}")
     shape = tuple(store.shape)
@@ -330,8 +335,8 @@ def _plan_layer(
         rank=choice.rank,
         alpha=choice.alpha,
         scaling=request.scaling(choice.rank, choice.alpha),
-        format=quantizers[name].name if name in quantize else store.format,
-        weight_bytes=quantizers[name].nbytes(store.shape) if name in quantize else store.nbytes,
+        format=store.format if quantizer is None else quantizer.name,
+        weight_bytes=store.nbytes if quantizer is None else quantizer.nbytes(store.shape),
         parameters=adapter_parameters(spec.kind, shape, choice.rank, bool(request.peft_fields.get("lora_bias"))),
         layer=spec.layer,
         engine="peft" if _special_fields(request) else "direct",

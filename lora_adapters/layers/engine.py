@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -60,10 +62,9 @@ class EngineLayer(nn.Module, LoraLayer):
     @classmethod
     def wrap(cls, base: nn.Module) -> EngineLayer:
         """Return a layer around `base` with no adapter yet."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)  # type: ignore[arg-type]
-        LoraLayer.__init__(layer, base)
-        layer._active_adapter = []
+        layer = fresh(_bare_layer(cls))
+        layer._modules = {n: base if n == "base_layer" else fresh(m) for n, m in layer._modules.items() if m is not None}
+        layer.in_features, layer.out_features = layer._get_in_out_features(base)
         layer._prepare(base)
         return layer
 
@@ -72,13 +73,14 @@ class EngineLayer(nn.Module, LoraLayer):
 
     def add_factors(self, name: str, factors: Factors) -> None:
         """Add one adapter. The tensors become parameters as they are: same device, same dtype, trainable."""
+        self._active_adapter = self._active_adapter or [name]
         self.r[name] = factors.rank
         self.lora_alpha[name] = factors.alpha
         self.scaling[name] = factors.scaling
         self.use_rslora[name] = factors.rslora
         self.use_dora[name] = False
         self.lora_bias[name] = factors.bias is not None
-        self.lora_dropout[name] = nn.Dropout(factors.dropout) if factors.dropout else nn.Identity()
+        self.lora_dropout._modules[name] = nn.Dropout(factors.dropout) if factors.dropout else fresh(_IDENTITY)
         self._set_factors(name, factors)
 
     def factor_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -150,11 +152,36 @@ class EngineLayer(nn.Module, LoraLayer):
         return bias + self.lora_B[name].bias * self.scaling[name]  # type: ignore[operator,union-attr]
 
 
+# A 70B model takes 560 layers of ten modules each, and constructing a module takes longer than everything else that
+# attaching does. So each kind is constructed once, and the others are copies of that one with containers of their own.
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_CONTAINERS = (dict, OrderedDict, list, set)
+_IDENTITY = nn.Identity()
+_LINEAR = nn.Linear(1, 1, bias=False, device="meta")
+
+
+def fresh(module: _Module) -> _Module:
+    """Return a module like this one, with empty or copied containers of its own. Children and tensors are shared."""
+    twin = module.__class__.__new__(module.__class__)
+    state = vars(module)
+    vars(twin).update({k: v.copy() if type(v) in _CONTAINERS else v for k, v in state.items()})
+    return twin
+
+
+@lru_cache(maxsize=None)
+def _bare_layer(cls: type[EngineLayer]) -> EngineLayer:
+    """Return a layer of this class as LoraLayer.__init__ leaves it; `wrap` makes copies of it."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    LoraLayer.__init__(layer, _LINEAR)
+    layer._active_adapter = []
+    return layer
+
+
 def bare_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     """Return an nn.Linear around a tensor, without the time and random numbers that its own initialisation takes."""
-    layer = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(layer)
+    layer = fresh(_LINEAR)
     layer.out_features, layer.in_features = weight.shape
-    layer.weight = nn.Parameter(weight)
-    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    layer._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     return layer

@@ -17,8 +17,8 @@ class LinearFactors(EngineLayer):
         self.fan_in_fan_out = self.is_target_conv_1d_layer
 
     def _set_factors(self, name: str, factors: Factors) -> None:
-        self.lora_A[name] = bare_linear(factors.a)
-        self.lora_B[name] = bare_linear(factors.b, factors.bias)
+        self.lora_A._modules[name] = bare_linear(factors.a)
+        self.lora_B._modules[name] = bare_linear(factors.b, factors.bias)
 
 
 class Linear(LinearFactors, peft_layers.Linear):

@@ -37,3 +37,19 @@ class TransformersBackend:
     def example_inputs(self, model: nn.Module, batch_size: int, sequence_length: int, device: Any) -> dict[str, Any]:
         """Return one training step's keyword arguments; see `example_inputs.example_inputs`."""
         return example_inputs.example_inputs(model, batch_size, sequence_length, device)
+
+    def dense_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Return patterns of modules that transformers itself keeps out of quantization."""
+        return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+    def can_load(self, name: str, revision: str | None = None) -> bool:
+        """Return True if `name` has a configuration that transformers knows."""
+        from .loading import can_load
+
+        return can_load(name, revision=revision)
+
+    def load(self, name: str, **options: Any) -> nn.Module:
+        """Load a model; see `loading.load`."""
+        from .loading import load
+
+        return load(name, **options)

@@ -58,7 +58,7 @@ def load(
     formats = quantized_layers(skeleton, quantization) if quantization is not None else {}
     if formats:
         require(("bitsandbytes",), "bnb", f"quantization={quantization!r}")
-    check_load(skeleton, formats, name=name, revision=revision, dtype=dtype, device=target)
+    check_load(skeleton, formats, name=name, revision=revision, dtype=dtype, device=str(target))
     bnb = _bnb_config(quantization, skeleton, formats, dtype)
     if bnb is not None:
         source["quantization_config"] = bnb
