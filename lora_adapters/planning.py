@@ -138,7 +138,8 @@ class AttachPlan:
 
         backend = backend_for(self._model)[0]
         copy = planned_on_meta(self._model, self)
-        inputs = backend.example_inputs(self._model, batch_size, sequence_length, "meta")
+        # Real inputs: a model that looks at its mask's values then takes the branch it will take in training.
+        inputs = backend.example_inputs(self._model, batch_size, sequence_length, "cpu")
         return predict_step(copy, inputs, optimizer=optimizer, autocast=autocast)
 
     def __str__(self) -> str:

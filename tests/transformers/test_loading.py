@@ -1,0 +1,128 @@
+"""`load`: transformers' own loading, the same weights as `attach` quantizes, and refusals before weights are read."""
+
+import pytest
+import torch
+from helpers import llama
+from torch import nn
+
+import lora_adapters as la
+from lora_adapters.errors import DoesNotFitError, LoraAdaptersError, RequestError
+from lora_adapters.weights import quantized_format, store_for
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(path)
+    return str(path)
+
+
+def stores(model):
+    found = {n: store_for(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {n: s for n, s in found.items() if s is not None}
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int8"])
+def test_load_and_attach_quantize_the_same_layers_to_the_same_weights(folder, fmt):
+    loaded = la.load(folder, quantization=fmt)
+    attached = la.load(folder)
+    la.attach(attached, rank=2, quantization=fmt)
+    la.attach(loaded, rank=2)
+    ours, theirs = stores(attached), stores(loaded)
+    bases = {n for n in ours if "lora_" not in n}
+    assert {n: ours[n].format for n in bases} == {n: theirs[n].format for n in theirs if "lora_" not in n}
+    assert sum(ours[n].format == fmt for n in bases) == 14
+    assert ours["lm_head"].format == "dense"
+    for name in bases:
+        assert torch.equal(ours[name].read(torch.float32), theirs[name].read(torch.float32)), name
+    assert attached.is_quantized
+    assert loaded.is_quantized
+
+
+def test_a_dense_load_is_the_checkpoint(folder):
+    model = la.load(folder)
+    expected = llama().state_dict()
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert quantized_format(model) is None
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_dtype_and_config_fields(folder):
+    assert la.load(folder, dtype="bfloat16").dtype == torch.bfloat16
+    model = la.load(folder, task="text-classification", num_labels=5)
+    assert model.score.weight.shape[0] == 5
+
+
+def test_a_mapping_of_roles(folder):
+    model = la.load(folder, quantization={"mlp": "nf4"})
+    formats = {n: s.format for n, s in stores(model).items()}
+    assert formats["model.layers.0.mlp.up_proj"] == "nf4"
+    assert formats["model.layers.0.self_attn.q_proj"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(device="gpu"), RequestError, "no device"),
+        (dict(dtype="float31"), RequestError, "no floating dtype"),
+        (dict(task="causal-ml"), RequestError, "causal-lm"),
+        (dict(backend="tensorflow"), RequestError, "no backend 'tensorflow'"),
+        (dict(num_lables=3), RequestError, "num_labels"),
+        (dict(quantization="nf5x"), RequestError, "nf4"),
+    ],
+)
+def test_bad_input(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        la.load(folder, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none(folder):
+    with pytest.raises(RequestError, match="no such device here"):
+        la.load(folder, device="cuda")
+
+
+def test_a_name_nobody_knows():
+    with pytest.raises(LoraAdaptersError, match="No backend can load"):
+        la.load("no/such-model-anywhere")
+
+
+def test_too_little_memory_is_refused_before_weights_are_read(folder, monkeypatch):
+    import lora_adapters.preflight as preflight
+
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 40_000)
+    with pytest.raises(DoesNotFitError, match=r"(?s)Loading needs .* lacks"):
+        la.load(folder)
+
+
+def test_quantizing_twice_differently_is_refused(folder):
+    model = la.load(folder, quantization="nf4")
+    with pytest.raises(RequestError, match="already quantized to nf4"):
+        la.attach(model, rank=2, quantization="int8")
+    la.attach(model, rank=2, quantization="nf4")
+
+
+def test_train_eval_train_on_a_4_bit_base(folder):
+    model = la.load(folder, quantization="nf4")
+    adapter = la.attach(model, rank=2, seed=0)
+    ids = torch.arange(3, 11)[None]
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in adapter.parameters()])
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert any(g.abs().sum() > 0 for g in gradients[0])
+
+
+def test_the_plan_predicts_memory(folder):
+    model = la.load(folder)
+    memory = la.plan(model, rank=2, quantization="nf4").memory(batch_size=2, sequence_length=16)
+    assert memory.total > memory.activations > memory.adapter > 0
+    dense = la.plan(model, rank=2).memory(batch_size=2, sequence_length=16)
+    assert dense.weights > memory.weights
+    assert quantized_format(model) is None
