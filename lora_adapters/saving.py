@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,20 @@ def _plan(base: nn.Module, file: AdapterFile, name: str) -> AttachPlan:
         exact=exact,
         adapter_name=name,
         dropout=file.config.get("lora_dropout", 0.0),
-        modules_to_save=tuple(file.config.get("modules_to_save", ())),
+        modules_to_save=_saved_modules(base, file.config.get("modules_to_save") or ()),
         **fields,
     )
     return make_plan(base, request)
+
+
+def _saved_modules(base: nn.Module, wanted: Iterable[str]) -> tuple[str, ...]:
+    """Return the names that mean a module here, each once.
+
+    PEFT's task classes add every usual name of a head ("classifier", "score") to the config, whichever the model has.
+    A name left out hides nothing: tensors of such a module would be refused as unexpected.
+    """
+    ends = {".".join(parts[i:]) for n, _ in base.named_modules() for parts in [n.split(".")] for i in range(len(parts))}
+    return tuple(dict.fromkeys(name for name in wanted if name in ends))
 
 
 def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, ...]]:
