@@ -31,7 +31,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     base = LlamaForCausalLM(
-        LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=1000)
+        LlamaConfig(
+            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=1000
+        )
     ).to(device)
     base.eval()
     adapted, merged, unloaded = (copy.deepcopy(base) for _ in range(3))

@@ -60,7 +60,7 @@ def test_our_layers_carry_every_attribute_that_pefts_carry(targets):
         missing = set(vars(peft_layer)) - set(vars(layer)) - {"conv_fn", "kwargs"}
         assert not missing, missing
         assert peft_layer._modules.keys() == layer._modules.keys()
-        assert repr(peft_layer) .splitlines()[0] == repr(layer).splitlines()[0]
+        assert repr(peft_layer).splitlines()[0] == repr(layer).splitlines()[0]
 
 
 def test_state_dict_keys_are_pefts():

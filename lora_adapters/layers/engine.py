@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -63,7 +63,9 @@ class EngineLayer(nn.Module, LoraLayer):
     def wrap(cls, base: nn.Module) -> EngineLayer:
         """Return a layer around `base` with no adapter yet."""
         layer = fresh(_bare_layer(cls))
-        layer._modules = {n: base if n == "base_layer" else fresh(m) for n, m in layer._modules.items() if m is not None}
+        layer._modules = {
+            n: base if n == "base_layer" else fresh(m) for n, m in layer._modules.items() if m is not None
+        }
         layer.in_features, layer.out_features = layer._get_in_out_features(base)
         layer._prepare(base)
         return layer
@@ -169,7 +171,7 @@ def fresh(module: _Module) -> _Module:
     return twin
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bare_layer(cls: type[EngineLayer]) -> EngineLayer:
     """Return a layer of this class as LoraLayer.__init__ leaves it; `wrap` makes copies of it."""
     layer = cls.__new__(cls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,26 +20,34 @@ class LoraCallback(TrainerCallback):
         trainer = Trainer(model=lora.model, args=args, train_dataset=data, callbacks=[lora])
         trainer.train()
 
-    It logs the trainable share and the adapter's norms, writes the adapter (never the base) at each save as one act
-    with a digest, and can merge at the end. Resuming, `load_best_model_at_end`, evaluation, gradient checkpointing and
-    `push_to_hub` are Trainer's own and work, because `lora.model` is a PeftModel.
+    At each log it adds `adapter_norm` (mean Frobenius norm of scaling * B @ A over the layers), `adapter_norm_max` and
+    `trainable_share` (trained values / all values, 0 to 1) to `trainer.state.log_history` and to what is printed. The
+    reporting integrations of `report_to` run before any callback of the user and don't get them.
+
+    At each save it writes the adapter (never the base) over Trainer's copy, as one act with a digest. Under FSDP and
+    DeepSpeed, where no process holds the whole weights, Trainer's own copy stands. Resuming, `load_best_model_at_end`,
+    evaluation and `push_to_hub` are Trainer's own and work, because `lora.model` is a PeftModel; so do TRL's trainers.
+    With gradient checkpointing it makes the embeddings' output require a gradient, which `use_reentrant=True` needs.
 
     Args:
         model: a transformers model, dense or already quantized. A dense one is quantized here, before Trainer moves it.
-        merge_at_end: fold the adapter into the base after training (after the best checkpoint was loaded). The last
-            checkpoint on disk still holds the adapter alone.
-        **attach_arguments: everything `lora_adapters.attach` takes: rank, alpha, targets, dropout, quantization, ...
+        rank: rank of A and B; None takes that of `config`, else 16.
+        merge_at_end: fold the adapter into the base after training (after the best checkpoint was loaded), so that
+            the model predicts at the base's speed. What is saved, before and after, still is the adapter alone:
+            `trainer.save_model()` writes it, and so does `lora.adapter.save` after `lora.adapter.unmerge()`. For a
+            plain model call `lora.adapter.merge(unload=True)`. Training again unmerges first.
+        **attach_arguments: everything else `lora_adapters.attach` takes: alpha, targets, dropout, quantization, ...
 
     Raises:
         StateError: `model` instead of `lora.model` was given to Trainer, `model_init` was used, or the callback came
-            through `add_callback` after Trainer was constructed.
+            through `add_callback` after Trainer was constructed. A quantized bare model is refused by Trainer itself,
+            with a ValueError that asks for adapters: give it `lora.model`.
     """
 
     def __init__(
-        self, model: nn.Module, rank: int = 16, *, merge_at_end: bool = False, **attach_arguments: Any
+        self, model: nn.Module, rank: int | None = None, *, merge_at_end: bool = False, **attach_arguments: Any
     ) -> None:
-        config = attach_arguments.get("config")
-        if config is None and "r" not in attach_arguments:
+        if rank is not None:
             attach_arguments["rank"] = rank
         self.adapter = lora_adapters.attach(model, **attach_arguments)
         self.merge_at_end = merge_at_end
@@ -64,8 +73,14 @@ class LoraCallback(TrainerCallback):
                 "Trainer(model=lora.model, callbacks=[lora], ...)."
             )
         self._check_model(kwargs.get("model"))
+        if self.adapter.merged:
+            self.adapter.unmerge()
+        if args.gradient_checkpointing:
+            self._let_gradients_in()
 
     def _check_model(self, given: Any) -> None:
+        # FSDP and torch.compile wrap the model; what Trainer trains is still the one inside.
+        given = extract_model_from_parallel(given, keep_torch_compile=False) if given is not None else None
         if given is self.model:
             return
         if given is self.adapter.base:
@@ -77,6 +92,15 @@ class LoraCallback(TrainerCallback):
             "Trainer trains another model than LoraCallback adapted. With model_init, Trainer builds a new model whose "
             "adapter would be lost: use Trainer(model=lora.model, callbacks=[lora], ...) instead of model_init."
         )
+
+    def _let_gradients_in(self) -> None:
+        """Make the embeddings' output require a gradient: a reentrant checkpoint whose inputs need none computes none.
+
+        Trainer does this for adapters of transformers' own integration only (transformers#42489).
+        """
+        base = self.adapter.base
+        if not getattr(base, "_require_grads_hooks", None) and not getattr(base, "_require_grads_hook", None):
+            base.enable_input_require_grads()  # type: ignore[operator]
 
     def on_log(
         self,
@@ -98,16 +122,14 @@ class LoraCallback(TrainerCallback):
             state.log_history[-1].update(added)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the adapter over what Trainer wrote: as one act, with a digest. Only the main process writes."""
-        if not state.is_world_process_zero:
+        """Write the adapter over what Trainer wrote. Only the process that Trainer lets save does so."""
+        if not args.should_save or args.fsdp or args.deepspeed:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and not self.adapter.merged:
-            self.adapter.save(folder)
+        self.adapter.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Merge, if asked."""
-        if self.merge_at_end and not self.adapter.merged:
+        if self.merge_at_end:
             self.adapter.merge()

@@ -16,9 +16,10 @@ from lora_adapters.targets import Classification, ModelInfo, classify_by_pattern
 from . import targets
 from .tasks import head_modules
 
-#: `self.x.weight`, but not a look at its dtype, device, shape or other facts that need no product.
+#: `self.x.weight`, but not a test of its type, nor a look at its dtype, device, shape or other facts, nor a clamp of its
+#: data in place.
 _WEIGHT_READ = re.compile(
-    r"self\.(\w+)\.weight\b(?!\.(dtype|device|shape|ndim|size|numel|is_|requires_grad|data_ptr|element_size|grad))"
+    r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(data\.clamp_|dtype|device|shape|ndim|size|numel|is_|requires_grad|data_ptr|element_size|grad))"
 )
 #: Methods that run when a model is built or tied, not when it computes.
 _SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantize")
@@ -38,7 +39,7 @@ def classify(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
         place, _ = targets.place_of([type(owner).__name__ for owner in owners])
         mixers = mixers or place in ("mixer", "linear attention")
         roles[name] = known.roles.get(name) or _role(name, module, place, _inside(name, heads))
-        if name not in never and (reason := _never(name, module, owners, place)):
+        if name not in never and (reason := _never(name, module, owners)):
             never[name] = reason
     default = "all-linear" if mixers else known.default
     return Classification(roles, never, default, known.shared_input, (*known.notes, *_notes(info, mixers)))
@@ -89,7 +90,7 @@ def _without_wrapper(name: str) -> str:
     return re.sub(r"\.(linear|conv1d|conv)$", "", name)
 
 
-def _never(name: str, module: nn.Module, owners: list[nn.Module], place: str) -> str:
+def _never(name: str, module: nn.Module, owners: list[nn.Module]) -> str:
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return targets.MHA_REASON
     cls = type(module)
@@ -98,8 +99,6 @@ def _never(name: str, module: nn.Module, owners: list[nn.Module], place: str) ->
     if not owners:
         return ""
     owner = type(owners[0])
-    if place == "mixer" and re.search(targets.MAMBA, owner.__name__) and re.search(targets.MAMBA_NEVER, name):
-        return targets.MAMBA_REASON
     leaf = name.rpartition(".")[2]
     if leaf in targets.CALLED.get(owner.__name__, ()):
         return ""

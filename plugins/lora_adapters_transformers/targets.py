@@ -14,27 +14,38 @@ from lora_adapters.hooks.specs import TargetMap
 #: Place -> class names of the modules that make it. The nearest ancestor with an entry decides; first match wins.
 PLACES: tuple[tuple[str, str], ...] = (
     ("indexer", r"Indexer|HyperConnection"),
-    ("router", r"Router|Gating$|TopKGate"),
+    ("router", r"Router|Gating$|TopKGate|MoE\w*Gate$"),
     ("pooler", r"Pooler|SequenceSummary"),
     ("mixer", r"Mamba|Mixer|ShortConv|RecurrentBlock|RgLru|ForgetGate"),
-    ("linear attention", r"DeltaNet|Delta(Rule)?Attention|LinearAttention|Lightning|xLSTMLayer$|mLSTM|RwkvSelfAttention"),
-    ("attention", r"(Attention|Attn)(?!.*(Layer|Model|Stack)$)|MLA$|SelfOutput$|CCAProjection|KV?Compressor$|HCACompressor|CSACompressor"),
+    (
+        "linear attention",
+        r"DeltaNet|Delta(Rule)?Attention|LinearAttention|Lightning|xLSTMLayer$|mLSTM|RwkvSelfAttention",
+    ),
+    (
+        "attention",
+        r"(Attention|Attn)(?!.*(Layer|Model|Stack)$)|MLA$|SelfOutput$|CCAProjection|KV?Compressor$|HCACompressor|CSACompressor",
+    ),
     ("projector", r"Projector|Projection|Connector|Resampler|PatchMerger|Aligner"),
     ("mlp", r"MLP|Mlp|FeedForward|FFN|PositionWise|DenseActDense|DenseGatedAct|Expert|Intermediate$|^FF$"),
+    ("mlp", r"Output$"),
     ("embeddings", r"Embeddings?$|PatchEmbed"),
+    ("norm", r"Norm$"),
 )
 
 #: Names of projections inside attention and mixers, searched from the last part of the name; first match wins.
 ATTENTION_LEAVES: tuple[tuple[str, str], ...] = (
     ("qkv", r"(^|\.)(qkv|query_key_value|c_attn|Wqkv|wqkv|qkvz|to_qkv|in_proj_qkvz?|qkv_proj|attn_qkv|in_proj)$"),
     ("kv", r"(^|\.)(kv|to_kv|kv_proj|key_value|kv_[ab]_proj|kv_a_proj_with_mqa)$"),
-    ("q", r"(^|\.)(q|query|queries|to_q|wq|Wq|q_[ab]|project_q|receptance)(_(proj|lin|head|global|linear|gate_proj))?$"),
+    (
+        "q",
+        r"(^|\.)(q|query|queries|to_q|wq|Wq|q_[ab]|project_q|receptance)(_(proj|lin|head|global|linear|gate_proj))?$",
+    ),
     ("q", r"(^|\.)((layout|w2e|e2w|e2e)_query|query_key|q_[ab]_proj)$"),
     ("k", r"(^|\.)(k|key|keys|to_k|wk|Wk|project_k|layout_key)(_(proj|lin|head|global|linear|protein))?$"),
     ("v", r"(^|\.)(v|value|values|to_v|wv|Wv|project_v|layout_value)(_(proj|lin|head|global|linear|protein))?$"),
     ("v", r"v_proj_(current|delayed)$"),
     ("o", r"(^|\.)(o|out|output|attention_out|wo|Wo|o_[ab]|to_out(\.0)?)(_(proj|lin|linear))?$"),
-    ("o", r"(^|\.)(dense|c_proj|proj|post_proj|projection|projection_layer)$"),
+    ("o", r"(^|\.)(dense|c_proj|proj|post_proj|projection|projection_layer|post)$"),
 )
 
 #: Names that say "feed-forward" where the owner's class says nothing (a layer that holds its own fc1 and fc2).
@@ -46,17 +57,20 @@ MLP_NAMES = (
 ROUTER_NAMES = r"(^|\.)(router|gate|shared_expert_gate|router\.(classifier|layer|gate))$"
 
 #: Places whose modules belong to no better-known role.
-OTHER_PLACES = ("mixer", "indexer", "pooler", "projector", "embeddings")
+OTHER_PLACES = ("mixer", "indexer", "pooler", "projector", "embeddings", "norm")
 
-MAMBA = r"Mamba|SSM"
-#: Read by fused kernels as `module.weight`; PEFT refuses them too. Kept as data for classes whose source can't be read.
-MAMBA_NEVER = r"(^|\.)(out_proj|conv1d)$"
-MAMBA_REASON = "fused Mamba kernels read its weight without calling it, so an adapter would do nothing or break"
+MAMBA_REASON = "PEFT refuses it for this model type: fused Mamba kernels read its weight without calling it"
 MHA_REASON = "torch.nn.MultiheadAttention reads its weight without calling it, so an adapter would do nothing"
 DIRECT_REASON = "{owner} reads its weight without calling it, so an adapter would do nothing"
 
 #: Owner's class -> children whose weight its source reads on a path that no model takes (they are called otherwise).
-CALLED = {"DisentangledSelfAttention": ("in_proj",)}
+CALLED = {
+    "DisentangledSelfAttention": ("in_proj",),  # read for queries of another sequence, which no DeBERTa model gives
+    "BloomAttention": ("dense",),  # read with config.slow_but_exact, an aid for checking Megatron checkpoints
+    "BloomMLP": ("dense_4h_to_h",),
+    "LSHSelfAttention": ("query_key", "value"),  # read when generating from a cache
+    "LocalSelfAttention": ("query", "key", "value"),
+}
 #: Subclasses of torch.nn.Linear with a forward of their own that is the plain product all the same.
 PLAIN_LINEARS = ("FalconLinear",)
 NOT_PLAIN_REASON = "its class {cls} computes something else than a linear product, so a LoRA layer would not fit it"
@@ -73,6 +87,13 @@ UNREACHABLE = {
 TARGET_MAPS: tuple[TargetMap, ...] = (
     TargetMap("transformers", ("*",), default="attention+mlp", shared_input=(("q", "k", "v"), ("q", "kv"))),
     TargetMap("transformers", ("xlnet",), default="mlp"),
+    # Most of these show in the source; all are named, so that what is saved here loads in PEFT.
+    TargetMap(
+        "transformers",
+        ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+        never={r"(^|\.)(out_proj|conv1d)$": MAMBA_REASON},
+    ),
+    TargetMap("transformers", ("esm",), roles={"head": (r"(^|\.)contact_head\.",)}),
     TargetMap("transformers", ("fsmt",), roles={"head": (r"(^|\.)decoder\.output_projection$",)}),
     # Its projections are convolutions of width 1, and the one after attention stands outside the attention module.
     TargetMap(

@@ -37,6 +37,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 #: Config values that a type (or "type/task") needs because its defaults describe no model that can be built, or not the
 #: task's model. They hold for the type as a part of another one too.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 8}},
@@ -52,9 +53,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "jetmoe": {"hidden_size": 64, "kv_channels": 16, "intermediate_size": 64, "vocab_size": 256},
+    "led": {"attention_window": 16, "max_encoder_position_embeddings": 256},
+    "longformer": {"attention_window": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
@@ -76,6 +82,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
+#: Types whose forward pass depends on values: they are traced on the CPU, with real (random) weights.
+ON_CPU = ("jetmoe", "led", "longformer", "xlnet")
+
+
 @dataclass(frozen=True)
 class Case:
     """One registered model: `name` is the model type, `task` a key of TASKS."""
@@ -83,6 +93,10 @@ class Case:
     name: str
     task: str
     class_name: str
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.name in ON_CPU else "meta"
 
 
 def cases(tasks: tuple[str, ...] = REQUIRED_TASKS) -> Iterator[Case]:
@@ -142,12 +156,12 @@ def _layers_that_show_every_kind(config: PreTrainedConfig) -> int:
 
 
 def build(case: Case, attention: str = "eager") -> nn.Module:
-    """Build the model on the meta device, in training mode. Raises whatever the library raises."""
+    """Build the model on the case's device, in training mode. Raises whatever the library raises."""
     model_class = getattr(transformers, case.class_name)
     config = small_config(case.name, case.task, model_class)
     for part in [config, *_sub_configs(config)]:
         part._attn_implementation = attention
-    with torch.device("meta"):
+    with torch.device(case.device):
         model = model_class(config)
     return model.train()
 

@@ -18,10 +18,20 @@ from transformers.pytorch_utils import Conv1D
 from lora_adapters.targets import Classification, ModelInfo, candidates
 
 ATTENTION = {"q", "k", "v", "o", "qkv", "kv"}
+#: The end of the reason that marks a module as read directly, and modules that only fused kernels read.
+READ = "so an adapter would do nothing"
+FUSED = re.compile(r"(mamba|mixer|temporal_block|linear_attn)\.")
 ADAPTED = {*ATTENTION, "mlp", "other"}
 
 #: Where our roles and the oracle's or PEFT's differ on purpose: (type, regex of module names, reason).
-EXPLAINED: tuple[tuple[str, str, str], ...] = ()
+EXPLAINED: tuple[tuple[str, str, str], ...] = (
+    (
+        "deepseek_v4",
+        r"compressor\.gate_proj$",
+        "weighs the keys and values that are pooled into one; it projects neither",
+    ),
+    ("inkling2_text", r"sconv\.weight_proj$", "makes the weights of a convolution over keys or values"),
+)
 
 
 @dataclass
@@ -56,7 +66,7 @@ def check(case: Case) -> Outcome:
     try:
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False
-        seen = _trace(model, backend.example_inputs(model, 1, 64, "meta"))
+        seen = _trace(model, backend.example_inputs(model, 1, 64, case.device))
     except Exception as error:
         outcome.verdict, outcome.detail = "not traced", f"{type(error).__name__}: {_one_line(error)}"
     else:
@@ -130,13 +140,14 @@ def check_against_trace(model: nn.Module, info: ModelInfo, classes: Classificati
         if want and not _fits(role, want) and not fixed and not (convolution and role == "conv"):
             problems.append(f"{name}: role {role}, the forward pass shows {'/'.join(sorted(want))}")
         reached = f"{name}.weight" in seen.inputs
-        if not reached:
-            continue
-        used = _feeds_attention(name, seen, expected) or _is_linear_attention(name, classes, expected)
+        used = not reached or _feeds_attention(name, seen, expected) or _is_linear_attention(name, classes, expected)
         if not want and role in ATTENTION and not fixed and not used:
             problems.append(f"{name}: role {role}, but no softmax attention uses it")
         if f"{name}.weight" in seen.read_directly and name not in classes.never and role in ADAPTED:
             problems.append(f"{name}: its weight is read without a call, and it is not marked so")
+        called = reached and f"{name}.weight" not in seen.read_directly
+        if called and classes.never.get(name, "").endswith(READ) and role in ADAPTED and not FUSED.search(name):
+            problems.append(f"{name}: marked as read without a call, but it is called")
     for weight in seen.logits:
         name = weight.removesuffix(".weight")
         if classes.roles.get(name) in ADAPTED and not _explained(info.family, name):

@@ -1,8 +1,8 @@
 """The sweep's oracle: what a model's projections do, read off one forward pass on the meta device.
 
-It knows nothing of names. Every tensor carries a tag that says which weights it was last multiplied with; the tag follows
-views, element-wise operations and reshapes through a TorchDispatchMode. A product of two activations that goes through a
-softmax into another product is attention, and the tags of its operands say which projections made q, k and v.
+It knows nothing of names. Every tensor carries a tag that says which weights it was last multiplied with; the tag
+follows views, element-wise operations and reshapes through a TorchDispatchMode. A product of two activations that goes
+through a softmax into another product is attention, and the tags of its operands say which projections made q, k and v.
 """
 
 from __future__ import annotations

