@@ -27,7 +27,7 @@ unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 sweep: $(VENV)/.dev
-	$(BIN)/python benchmarks/sweep_targets.py
+	$(BIN)/python tests/transformers/sweep.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py

@@ -40,7 +40,24 @@ _HEADING = re.compile(r"^([A-Z][\w ]+)\n-{3,}[ \t]*$", re.MULTILINE)
 _NO_PROSE = (">>>", "math:", "---", "===", "::")
 #: Folders of tests, of vendored code, and of modules that some Linux distributions leave out of Python.
 _SKIPPED = frozenset(
-    ["tests", "test", "externals", "_lib", "_build_utils", "site-packages", "dist-packages", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "encodings", "distutils", "ensurepip", "__phello__"]
+    [
+        "tests",
+        "test",
+        "externals",
+        "_lib",
+        "_build_utils",
+        "site-packages",
+        "dist-packages",
+        "idlelib",
+        "lib2to3",
+        "tkinter",
+        "turtledemo",
+        "pydoc_data",
+        "encodings",
+        "distutils",
+        "ensurepip",
+        "__phello__",
+    ]
 )
 
 

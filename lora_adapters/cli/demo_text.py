@@ -246,13 +246,13 @@ def _stock_peft(labels: int, adapter: Path) -> nn.Module:
     return PeftModel.from_pretrained(base, str(adapter))
 
 
-def base_sizes(model: nn.Module) -> dict[str, int]:
+def base_sizes(model: nn.Module) -> dict[str, Any]:
     """Return bytes of a quantized model's parameters, as they are and as they would be in fp32, and their number."""
     from ..weights import store_for
 
-    sizes = dict.fromkeys(("values", "nf4_bytes", "linear_fp32_bytes", "linear_nf4_bytes"), 0)
+    sizes: dict[str, Any] = dict.fromkeys(("values", "nf4_bytes", "linear_fp32_bytes", "linear_nf4_bytes"), 0)
     for module in model.modules():
-        store = store_for(module)
+        store: Any = store_for(module)
         for name, parameter in module.named_parameters(recurse=False):
             quantized = store is not None and store.format != "dense" and name == "weight"
             values = store.shape.numel() if quantized else parameter.numel()
