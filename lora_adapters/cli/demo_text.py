@@ -255,8 +255,8 @@ def base_sizes(model: nn.Module) -> dict[str, Any]:
         store: Any = store_for(module)
         for name, parameter in module.named_parameters(recurse=False):
             quantized = store is not None and store.format != "dense" and name == "weight"
-            values = store.shape.numel() if quantized else parameter.numel()
-            stored = store.nbytes if quantized else parameter.nbytes
+            values = store.shape.numel() if store is not None and quantized else parameter.numel()
+            stored = store.nbytes if store is not None and quantized else parameter.nbytes
             sizes["values"] += values
             sizes["nf4_bytes"] += stored
             if quantized:
