@@ -13,8 +13,8 @@ from .tasks import forward_parameters, task_type, text_config
 def example_inputs(model: nn.Module, batch_size: int, sequence_length: int, device: Any) -> dict[str, Any]:
     """Return input_ids, attention_mask and labels (what else the model needs: decoder ids, boxes, pixels, features).
 
-    Integers are int64; input_ids and attention_mask are (batch_size, sequence_length). Text goes in without images for a
-    model that takes both: how many image tokens a picture makes is the processor's business.
+    Integers are int64; input_ids and attention_mask are (batch_size, sequence_length). Text goes in without images for
+    a model that takes both: how many image tokens a picture makes is the processor's business.
     """
     config: Any = model.config
     accepted = forward_parameters(model)

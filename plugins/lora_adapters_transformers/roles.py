@@ -16,10 +16,11 @@ from lora_adapters.targets import Classification, ModelInfo, classify_by_pattern
 from . import targets
 from .tasks import head_modules
 
-#: `self.x.weight`, but not a test of its type, nor a look at its dtype, device, shape or other facts, nor a clamp of its
-#: data in place.
+#: `self.x.weight`, but not a test of its type, nor a look at its dtype, device, shape or other facts, nor a clamp of
+#: its data in place.
 _WEIGHT_READ = re.compile(
-    r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(data\.clamp_|dtype|device|shape|ndim|size|numel|is_|requires_grad|data_ptr|element_size|grad))"
+    r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(data\.clamp_|dtype|device|shape|ndim|size|numel|is_|"
+    r"requires_grad|data_ptr|element_size|grad))"
 )
 #: Methods that run when a model is built or tied, not when it computes.
 _SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantize")
@@ -162,6 +163,6 @@ def _notes(info: ModelInfo, mixers: bool) -> Iterator[str]:
             "adapter of its own, so merging them would change the shared weight for all."
         )
     if mixers:
-        yield "Some layers mix tokens without softmax attention (state space or linear attention): default is all-linear."
+        yield "Some layers mix tokens without softmax attention (state space, linear attention): default is all-linear."
     if note := targets.UNREACHABLE.get(info.family):
         yield note

@@ -1,7 +1,7 @@
 """Roles of transformers' modules: a few structural rules, and what they can't know as data.
 
-A module's place (attention, mixer, mlp, ...) is said by the class of its nearest telling ancestor; inside a place the last
-parts of its name say its role. Model types for which that is not true have a TargetMap of their own.
+A module's place (attention, mixer, mlp, ...) is said by the class of its nearest telling ancestor; inside a place the
+last parts of its name say its role. Model types for which that is not true have a TargetMap of their own.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ INNER_HEADS = {"PerceiverForSequenceClassification": ("perceiver.decoder.decoder
 
 #: Attention whose projections are no modules: family -> the note the plan shows.
 UNREACHABLE = {
-    "xlnet": "XLNet's attention projections (rel_attn.q, k, v, o, r) are bare parameters that enter einsum, which no LoRA "
-    "layer reaches: the default adapts the feed-forward layers only.",
+    "xlnet": "XLNet's attention projections (rel_attn.q, k, v, o, r) are bare parameters that enter einsum, which no "
+    "LoRA layer reaches: the default adapts the feed-forward layers only.",
 }
 
 TARGET_MAPS: tuple[TargetMap, ...] = (

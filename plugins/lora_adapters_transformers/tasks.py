@@ -53,7 +53,7 @@ def _own_children(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def heads_to_train(model: nn.Module) -> tuple[str, ...]:
-    """Return the modules that are new for the task: all that a task class adds, unless that is a language model head."""
+    """Return the modules that are new for the task: all that a task class adds, but no language model head."""
     name = type(model).__name__
     if name in INNER_HEADS:
         return INNER_HEADS[name]
@@ -64,7 +64,7 @@ def heads_to_train(model: nn.Module) -> tuple[str, ...]:
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Return names of the modules that turn the last hidden state into the output, in the model and models inside it."""
+    """Return names of the modules that turn the last hidden state into the output, in the model and those inside."""
     found = list(INNER_HEADS.get(type(model).__name__, ()))
     for prefix, part in model.named_modules():
         if not isinstance(part, PreTrainedModel):
