@@ -30,7 +30,10 @@ EXPLAINED: tuple[tuple[str, str, str], ...] = (
         r"compressor\.gate_proj$",
         "weighs the keys and values that are pooled into one; it projects neither",
     ),
-    ("inkling2_text", r"sconv\.weight_proj$", "makes the weights of a convolution over keys or values"),
+    *(
+        (family, r"sconv\.weight_proj$", "makes the weights of a convolution over keys or values")
+        for family in ("inkling2", "inkling2_text")
+    ),
 )
 
 
