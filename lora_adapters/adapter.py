@@ -200,7 +200,7 @@ class Adapter:
                 merge.unmerge(self.layers.values())
                 raise RequestError(
                     f"The model also carries {', '.join(map(repr, sorted(others)))}: unloading would drop them. "
-                    "Detach them first."
+                    "Detach them first; `adapter.model.delete_adapter(name)` drops one that another tool added."
                 )
             merge.unload(self.model)
             self._state.changes.clear()

@@ -50,16 +50,10 @@ def write_files(folder: Path, writers: Writers) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_litter(folder)
-        if folder.exists() and any(folder.iterdir()):
+        if not _build(folder, writers):
             with _stage(folder, _MARK) as stage:
                 _fill(stage, writers)
                 _replace(stage, folder, writers)
-        else:
-            with _stage(folder.parent, _beside(folder)) as stage:
-                _fill(stage, writers)
-                if os.name == "nt" and folder.exists():
-                    folder.rmdir()  # Windows can't rename over an empty folder.
-                os.rename(stage, folder)
         _sync_or_warn(folder)
     except OSError as error:
         state = "What was there before is unchanged."
@@ -70,20 +64,42 @@ def write_files(folder: Path, writers: Writers) -> None:
         ) from error
 
 
+def _build(folder: Path, writers: Writers) -> bool:
+    """Put a whole folder in place. Returns False if other files are there already."""
+    if folder.exists() and any(folder.iterdir()):
+        return False
+    with _stage(folder.parent, _beside(folder)) as stage:
+        _fill(stage, writers)
+        try:
+            if os.name == "nt" and folder.exists():
+                folder.rmdir()  # Windows can't rename over an empty folder.
+            os.rename(stage, folder)
+        except OSError as error:
+            # Another process was first: in a distributed run, scripts let every process save.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+    return True
+
+
 def _beside(folder: Path) -> str:
     return f".{folder.name}{_MARK}"
 
 
 @contextmanager
 def _stage(parent: Path, prefix: str) -> Iterator[Path]:
-    stage = parent / f"{prefix}{secrets.token_hex(8)}"
-    os.mkdir(stage)
-    try:
-        with _locked(stage):
-            yield stage
-    finally:
-        if not _waiting(stage):
-            _remove(stage)
+    while True:
+        stage = parent / f"{prefix}{secrets.token_hex(8)}"
+        os.mkdir(stage)
+        try:
+            with _locked(stage):
+                # Another save may have found it before it was locked, and removed it as a dead one.
+                if stage.exists():
+                    yield stage
+                    return
+        finally:
+            if not _waiting(stage):
+                _remove(stage)
 
 
 def _remove(stage: Path) -> None:
@@ -96,33 +112,45 @@ def _remove(stage: Path) -> None:
 
 @contextmanager
 def _locked(stage: Path) -> Iterator[None]:
+    """Hold the stage's lock, so that other saves leave it alone."""
     if fcntl is None:
         yield
         return
-    handle = os.open(stage, os.O_RDONLY)
+    try:
+        handle = os.open(stage, os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
     try:
         with suppress(OSError):  # Some network file systems have no locks.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
 
 
-def _is_dead(stage: Path) -> bool:
-    """Return True if no running save owns the stage."""
-    if stage.is_symlink() or not stage.is_dir():
-        return False
+@contextmanager
+def _taken_if_dead(stage: Path) -> Iterator[bool]:
+    """Yield True if no running save owns the stage; its lock is held meanwhile, so that none starts to."""
     try:
-        if fcntl is None:
-            return time.time() - stage.stat().st_mtime > _DEAD_AFTER_SECONDS
-        handle = os.open(stage, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        finally:
-            os.close(handle)
+        if stage.is_symlink() or not stage.is_dir():
+            handle, dead = None, False
+        elif fcntl is None:
+            handle, dead = None, time.time() - stage.stat().st_mtime > _DEAD_AFTER_SECONDS
+        else:
+            handle, dead = os.open(stage, os.O_RDONLY), True
     except OSError:
-        return False
+        handle, dead = None, False
+    try:
+        if handle is not None and fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                dead = False
+        yield dead
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _fill(stage: Path, writers: Writers) -> None:
@@ -216,11 +244,12 @@ def interrupted_config(folder: Path) -> Path | None:
 def remove_litter(folder: Path) -> None:
     """Finish a save that was killed after its weights were in place, and remove what killed saves left behind."""
     for stage in _stages(folder, _MARK):
-        if not _is_dead(stage):
-            continue
-        if _waiting(stage):
-            os.replace(stage / CONFIG_NAME, folder / CONFIG_NAME)
-        _remove(stage)
+        with _taken_if_dead(stage) as dead:
+            if dead and _waiting(stage):
+                os.replace(stage / CONFIG_NAME, folder / CONFIG_NAME)
+            if dead:
+                _remove(stage)
     for stage in _stages(folder.parent, _beside(folder)):
-        if _is_dead(stage):
-            _remove(stage)
+        with _taken_if_dead(stage) as dead:
+            if dead:
+                _remove(stage)

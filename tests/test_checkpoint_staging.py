@@ -254,6 +254,39 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
 def test_stages_count_as_dead_only_when_no_one_holds_them(tmp_path):
     stage = tmp_path / "stage"
     stage.mkdir()
-    with staging._locked(stage):
-        assert not staging._is_dead(stage)
-    assert staging._is_dead(stage)
+    with staging._locked(stage), staging._taken_if_dead(stage) as dead:
+        assert not dead
+    with staging._taken_if_dead(stage) as dead:
+        assert dead
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a stage counts as dead after an hour")
+def test_a_stage_that_another_save_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    original, removed = os.mkdir, []
+
+    def mkdir(path, *args, **kwargs):
+        original(path, *args, **kwargs)
+        if not removed and "-saving-" in str(path):
+            removed.append(path)
+            remove_litter(folder)
+            assert not Path(path).exists()
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    write_files(folder, writers(1))
+    assert removed
+    assert contents(folder) == expected(1)
+    assert not litter(folder)
+
+
+def test_a_folder_that_another_process_filled_meanwhile_is_written_into(tmp_path):
+    folder = tmp_path / "out"
+
+    def meanwhile(path):
+        if not folder.exists():
+            write_files(folder, writers(1))
+        path.write_bytes(f"{WEIGHTS_NAME} 2".encode())
+
+    write_files(folder, writers(2) | {WEIGHTS_NAME: meanwhile})
+    assert contents(folder) == expected(2)
+    assert not litter(folder)
