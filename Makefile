@@ -26,8 +26,9 @@ contracts: $(VENV)/.dev
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
-sweep: $(VENV)/.dev
-	$(BIN)/python tests/transformers/sweep.py
+# Every model type that transformers registers, and the table in docs/; `make test` runs a sample of them.
+sweep: $(VENV)/.sweep
+	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers/sweep.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py
@@ -49,6 +50,10 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[dev]" -e examples/third_party_plugin
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.sweep: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -e ".[sweep]"
+	touch $@
 
 .venv-oldest/.done: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -228,7 +228,7 @@ def _classify(backend: Backend, info: ModelInfo, request: AttachRequest) -> Clas
     if unknown := [name for name in roles if name not in info.modules]:
         raise PluginError(f"Plugin {plugin!r} gave a role to {unknown[0]!r}, which is no layer of this model.")
     note = f"roles from plugin {plugin!r}"
-    return replace(classes, roles=dict(roles), notes=(*classes.notes, note))
+    return replace(classes, roles=dict(roles), notes=(*classes.notes, note), unverified="")
 
 
 def _inside(name: str, parents: tuple[str, ...]) -> bool:

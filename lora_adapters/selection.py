@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from .errors import NoTargetError, RequestError
+from .errors import NoTargetError, RequestError, UnsupportedError
 from .request import AttachRequest, check_pattern
 from .targets import GROUPS, Classification, expand
 
@@ -32,6 +32,7 @@ def select(request: AttachRequest, names: Iterable[str], classes: Classification
 
     Raises:
         NoTargetError: a word, name or pattern matches nothing.
+        UnsupportedError: a role expression on a model whose roles nobody could check.
     """
     names = list(names)
     if request.exact is not None:
@@ -97,8 +98,18 @@ class _Matcher:
         if named and (names_first or not known):
             return named, True
         if roles:
-            return self._roles(words), False
+            return self._trusted(key, self._roles(words)), False
         raise NoTargetError(self._nothing(key, words))
+
+    def _trusted(self, key: str, found: list[str]) -> list[str]:
+        """Return `found`, which roles chose, unless the roles of this model are a guess."""
+        if self.classes.unverified and found:
+            ends = sorted({name.rpartition(".")[2] for name in found})
+            raise UnsupportedError(
+                f"{self.classes.unverified} So {key!r} is not taken on trust: name the modules, as names or as "
+                f"targets='re:...'. Going by their names alone it would be targets={ends}."
+            )
+        return found
 
     def _roles(self, words: list[str]) -> list[str]:
         found: list[str] = []
@@ -139,7 +150,8 @@ class _Matcher:
         if isinstance(key, str):
             if key == "all-linear":
                 roles = (*GROUPS["all-linear"], "router")
-                return [n for n in self.names if self.classes.roles.get(n, "other") in roles], False
+                found = [n for n in self.names if self.classes.roles.get(n, "other") in roles]
+                return self._trusted(key, found), False
             return self._required(key, check_pattern(key).fullmatch), True
         keys: list[str] = list(key)  # type: ignore[call-overload]
         found: list[str] = []
@@ -150,7 +162,7 @@ class _Matcher:
     def excluded(self, key: str) -> list[str]:
         if key.startswith("re:"):
             return [name for name in self.names if check_pattern(key[3:]).search(name)]
-        found = [name for role in expand(key) or () for name in self.by_role.get(role, ())]
+        found = self._trusted(key, [name for role in expand(key) or () for name in self.by_role.get(role, ())])
         return found or [n for n in self.names if n == key or n.endswith("." + key) or n.startswith(key + ".")]
 
 

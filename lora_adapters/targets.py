@@ -47,6 +47,7 @@ class Classification:
         default: the role expression that targets="auto" means for this model.
         shared_input: groups of roles that read one input.
         notes: things the user should know (shown in the plan).
+        unverified: why nobody could check the roles, as a sentence; role expressions are then refused. "" if checked.
     """
 
     roles: Mapping[str, str]
@@ -54,6 +55,7 @@ class Classification:
     default: str
     shared_input: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    unverified: str = ""
 
 
 class Backend(Protocol):

@@ -32,6 +32,7 @@ def example_inputs(model: nn.Module, batch_size: int, sequence_length: int, devi
         inputs[main] = _dense_input(main, config, batch_size, device)
     if "attention_mask" in accepted and main in ("input_ids", "inputs"):
         inputs["attention_mask"] = torch.ones((batch_size, sequence_length), dtype=torch.long, device=device)
+    inputs |= _beside_text(model, accepted, batch_size, sequence_length, device)
     if "bbox" in accepted:
         inputs["bbox"] = torch.zeros((*shape, 4), dtype=torch.long, device=device)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and _needs_decoder_ids(model):
@@ -68,6 +69,38 @@ def _dense_input(name: str, config: Any, batch_size: int, device: Any) -> Tensor
         frames = 2 * int(getattr(audio, "max_source_positions", 0) or 1500)
         return torch.zeros((batch_size, int(getattr(audio, "num_mel_bins", 0) or 80), frames), device=device)
     return torch.zeros((batch_size, 16000), device=device)
+
+
+def _beside_text(
+    model: nn.Module, accepted: set[str], batch_size: int, sequence_length: int, device: Any
+) -> dict[str, Any]:
+    """Return what a few models can't do without beside their text: speech, or another model's keys and values."""
+    config: Any = model.config
+    if "shared_kv_states" in accepted and hasattr(config, "backbone_hidden_size"):
+        # A draft model continues another model's text by one token: from that model's last embedding and hidden state,
+        # side by side, and from its keys and values of the whole text.
+        size = (batch_size, 1, 2 * config.backbone_hidden_size)
+        states = _shared_states(model, batch_size, sequence_length, device)
+        return {"inputs_embeds": torch.zeros(size, device=device), "shared_kv_states": states}
+    if "input_features" in accepted and hasattr(config, "audio_length_per_tok"):
+        # Each text token stands for a stretch of speech, whose features are added to its embedding.
+        frames = sequence_length * config.audio_length_per_tok
+        return {
+            "input_features": torch.zeros((batch_size, config.audio_config.num_mel_bins, frames), device=device),
+        }
+    return {}
+
+
+def _shared_states(model: nn.Module, batch_size: int, length: int, device: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return layer type -> keys and values (batch, heads, length, head size), as the attention layers read them."""
+    heads: int = text_config(model.config).num_attention_heads
+    states = {}
+    for module in model.modules():
+        attention: Any = module
+        if getattr(attention, "is_kv_shared_layer", False):
+            shape = (batch_size, heads // attention.num_key_value_groups, length, attention.head_dim)
+            states[attention.layer_type] = (torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+    return states
 
 
 def _needs_decoder_ids(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ _SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantiz
 
 def classify(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
     """Return the role of every module: what a target map says, else what the structure says."""
+    maps = tuple(maps)
     known = classify_by_patterns(info, maps)
     heads = head_modules(info.model)
     roles: dict[str, str] = {}
@@ -43,7 +44,10 @@ def classify(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
         if name not in never and (reason := _never(name, module, owners)):
             never[name] = reason
     default = "all-linear" if mixers else known.default
-    return Classification(roles, never, default, known.shared_input, (*known.notes, *_notes(info, mixers)))
+    vouched = any(info.family in m.families and m.roles for m in maps if m.backend == info.backend)
+    unverified = "" if vouched else targets.UNVERIFIED.get(info.family, "")
+    notes = (*known.notes, *_notes(info, mixers))
+    return Classification(roles, never, default, known.shared_input, notes, unverified)
 
 
 def _owners(name: str, by_name: dict[str, nn.Module]) -> Iterator[nn.Module]:

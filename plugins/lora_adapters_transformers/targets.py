@@ -23,7 +23,8 @@ PLACES: tuple[tuple[str, str], ...] = (
     ),
     (
         "attention",
-        r"(Attention|Attn)(?!.*(Layer|Model|Stack)$)|MLA$|SelfOutput$|CCAProjection|KV?Compressor$|HCACompressor|CSACompressor",
+        r"(Attention|Attn)(?!.*(Layer|Model|Stack)$)|MLA$|SelfOutput$|CCAProjection|KV?Compressor$|HCACompressor|"
+        r"CSACompressor|(Query|KeyValue|GatedOutput)Projection$",
     ),
     ("projector", r"Projector|Projection|Connector|Resampler|PatchMerger|Aligner"),
     ("mlp", r"MLP|Mlp|FeedForward|FFN|PositionWise|DenseActDense|DenseGatedAct|Expert|Intermediate$|^FF$"),
@@ -61,6 +62,7 @@ OTHER_PLACES = ("mixer", "indexer", "pooler", "projector", "embeddings", "norm")
 
 MAMBA_REASON = "PEFT refuses it for this model type: fused Mamba kernels read its weight without calling it"
 MHA_REASON = "torch.nn.MultiheadAttention reads its weight without calling it, so an adapter would do nothing"
+PATCHER_REASON = "its result only decides where patches begin, so no gradient would reach an adapter"
 DIRECT_REASON = "{owner} reads its weight without calling it, so an adapter would do nothing"
 
 #: Owner's class -> children whose weight its source reads on a path that no model takes (they are called otherwise).
@@ -84,6 +86,13 @@ UNREACHABLE = {
     "LoRA layer reaches: the default adapts the feed-forward layers only.",
 }
 
+#: Families whose roles the sweep can't check -> why. targets="auto" and role expressions raise an error for them, until
+#: the user names the modules or gives the family a TargetMap with roles.
+UNVERIFIED = {
+    "layoutlmv2": "LayoutLMv2 needs detectron2, which has to be built from source, so no forward pass has confirmed what "
+    "its layers are for.",
+}
+
 TARGET_MAPS: tuple[TargetMap, ...] = (
     TargetMap("transformers", ("*",), default="attention+mlp", shared_input=(("q", "k", "v"), ("q", "kv"))),
     TargetMap("transformers", ("xlnet",), default="mlp"),
@@ -93,6 +102,7 @@ TARGET_MAPS: tuple[TargetMap, ...] = (
         ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
         never={r"(^|\.)(out_proj|conv1d)$": MAMBA_REASON},
     ),
+    TargetMap("transformers", ("blt",), never={r"(^|\.)patcher\.": PATCHER_REASON}),
     TargetMap("transformers", ("esm",), roles={"head": (r"(^|\.)contact_head\.",)}),
     TargetMap("transformers", ("fsmt",), roles={"head": (r"(^|\.)decoder\.output_projection$",)}),
     # Its projections are convolutions of width 1, and the one after attention stands outside the attention module.

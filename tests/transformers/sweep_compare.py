@@ -32,7 +32,7 @@ EXPLAINED: tuple[tuple[str, str, str], ...] = (
     ),
     *(
         (family, r"sconv\.weight_proj$", "makes the weights of a convolution over keys or values")
-        for family in ("inkling2", "inkling2_text")
+        for family in ("inkling2", "inkling2_text", "inkling2_loop_text")
     ),
 )
 

@@ -249,6 +249,10 @@ def _called_modules(model: nn.Module, active: list[str]) -> Iterator[None]:
 def trace(model: nn.Module, inputs: dict[str, Any]) -> Trace:
     """Run `model(**inputs)` once and return what its projections did."""
     recorder = Recorder(model)
+    for name, value in inputs.items():
+        # Keys and values that another model made: no projection of this one is their source.
+        for part in [] if isinstance(value, Tensor) else tree_flatten(value)[0]:
+            recorder.put(part, Tag(sources=frozenset((f"input {name}",))))
     with torch.no_grad(), _called_modules(model, recorder.active), recorder:
         outputs = model(**inputs)
     logits = getattr(outputs, "logits", None)
