@@ -27,7 +27,7 @@ from .layers.engine import EngineLayer, Factors
 from .naming import patterns_for, target_modules_for
 from .planning import AttachPlan, PlannedLayer, base_of, foreign_tuner
 from .snapshot import Changes, Snapshot
-from .weights import mark_quantized, quantize_modules
+from .weights import guard_cpu_repacking, mark_quantized, quantize_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +55,8 @@ def apply(
         peft_model: the PeftModel around `model` if it already carries LoRA adapters.
         load: fills in the adapter's values (from a checkpoint); None initialises them.
 
+    A base that the user loaded in 4 bits also gets `guard_cpu_repacking`, for good: every layer, adapted or not.
+
     Returns:
         The PeftModel around `model`, and the changes that take the adapter off again.
 
@@ -62,6 +64,7 @@ def apply(
         Whatever goes wrong, after the model has been set back as it was.
     """
     _refuse_foreign(model)
+    guard_cpu_repacking(model)
     with _no_collection():
         return _apply(model, plan, peft_model, load)
 
@@ -120,7 +123,9 @@ def planned_on_meta(model: nn.Module, plan: AttachPlan) -> nn.Module:
         memo[id(tensor)] = tensor if not plain else _empty_like(tensor)
     twin = copy.deepcopy(model, memo)
     quantize(twin, plan)
-    return apply(twin, plan)[0]
+    _refuse_foreign(twin)
+    # Not `apply`: what it mends in 4-bit layers it would mend in the packed weights that the twin shares.
+    return _apply(twin, plan, None, None)[0]
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lora_adapters as la
 from lora_adapters.errors import LoraAdaptersWarning, UnsupportedError
+from lora_adapters.inject import planned_on_meta
 from lora_adapters.weights import Bnb4bit, Nf4, guard_cpu_repacking, store_for
 from lora_adapters.weights.linear4bit import Linear4bit
 
@@ -151,3 +153,49 @@ def test_our_quantizers_guard_what_they_make(quantizer, monkeypatch):
     evaluate(layer)
     check_gradient(layer.train(), weight)
     assert guard_cpu_repacking(nn.Linear(2, 2)) == 0
+
+
+class TwoLayers(nn.Module):
+    """A model of two 4-bit layers that its user quantized; one of them has a size that bitsandbytes gets wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = stock((96, 128)), stock((128, 64))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_attaching_to_a_base_that_the_user_loaded_guards_every_layer(restored, tmp_path):
+    """Train, evaluate, train: the adapted and the bare layer compute with the weights they hold, and pass dX on."""
+    model = TwoLayers()
+    weights = [store_for(layer).read() for layer in (model.first, model.second)]
+    adapter = la.attach(model, rank=4, targets=["first"])
+    if restored:
+        adapter.save(tmp_path)
+        adapter.detach()
+        model = TwoLayers()
+        adapter = la.restore(model, tmp_path)
+    biases = [model.first.get_base_layer().bias.detach(), model.second.bias.detach()]
+    for _ in range(2):
+        x = torch.randn(3, 96, requires_grad=True)
+        expected = F.linear(torch.tanh(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
+        (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+        y = model.train()(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dx, wanted, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-4)
+    adapter.detach()
+    assert not any(layer.support_avx512bf16_for_cpu for layer in (model.first, model.second))
+
+
+def test_a_twin_on_the_meta_device_leaves_a_repacked_base_alone():
+    model = nn.Sequential(stock((128, 128)))
+    evaluate(model[0])
+    packed = model[0].weight.data.clone()
+    planned_on_meta(model, la.plan(model, rank=4))
+    assert model[0].weight.quant_state.packing_format_for_cpu
+    assert torch.equal(model[0].weight.data, packed)
