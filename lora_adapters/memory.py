@@ -8,6 +8,7 @@ on the meta device, costs no memory and leaves the model as it is.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ def predict_step(
             torch.optim optimizer, or None for a step without an optimizer.
         autocast: dtype of torch.autocast around the forward, as Trainer's bf16=True sets; None for none.
         device: device type the step will run on; the model's own by default, "cpu" for a meta model. "cuda" needs CUDA
-            (its kernels can't be chosen without it); "cpu" is near it, as both have an attention kernel that does not
-            keep the attention matrix.
+            (its kernels can't be chosen without it); "cpu" comes within a quarter of it, as both have an attention
+            kernel that does not keep the attention matrix.
         loss: function from the forward's output to a scalar; by default the output's `.loss`, else the sum of its
             first floating tensor.
 
@@ -187,6 +188,7 @@ class _Step:
         """Return the bytes allocated now, where the allocator is to be asked for the peak."""
         if self.tracker.simulated or self.tracker.device.type != "cuda":
             return None
+        gc.collect()  # what the first step left in reference cycles would count as held before the second
         torch.cuda.reset_peak_memory_stats(self.tracker.device)
         return torch.cuda.memory_allocated(self.tracker.device)
 
@@ -261,7 +263,7 @@ def _target_device(model: nn.Module, device: str | torch.device | None) -> torch
         device = kinds.pop() if kinds else "cpu"
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError('device="cuda" needs CUDA to choose its kernels. Use device="cpu": it comes near.')
+        raise RequestError('device="cuda" needs CUDA to choose its kernels. Use device="cpu": it comes within a quarter.')
     return torch.device("cuda", target.index or 0) if target.type == "cuda" else target
 
 

@@ -43,7 +43,7 @@ def test_llama(rows, length, checkpointing, dtype, autocast):
     assert predicted.total == pytest.approx(measured.total, rel=0.1), ("cuda", predicted, measured)
     assert predicted.activations == pytest.approx(measured.activations, rel=0.1), ("cuda", predicted, measured)
     without_cuda = predict_step(meta, inputs, autocast=autocast, device="cpu")
-    assert without_cuda.total == pytest.approx(measured.total, rel=0.1), ("cpu", without_cuda, measured)
+    assert without_cuda.total == pytest.approx(measured.total, rel=0.25), ("cpu", without_cuda, measured)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

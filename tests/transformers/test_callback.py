@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import llama, perturb
 from lora_adapters_transformers import LoraCallback
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +22,7 @@ from transformers import (
 
 import lora_adapters as la
 from lora_adapters.errors import RequestError, StateError
+from lora_adapters.weights import guard_cpu_repacking
 
 #: Whatever belongs to a base model's own files.
 BASE_FILES = ("model.safetensors", "pytorch_model.bin", "config.json", "generation_config.json")
@@ -132,6 +133,7 @@ def test_trains_logs_and_saves_the_adapter_alone(kind, tmp_path, capsys):
         assert all("adapter_norm" in entry for entry in saved)
     expected = logits(lora.model)
     ours, theirs = fresh(), fresh()
+    guard_cpu_repacking(theirs)  # bitsandbytes 0.49 can't evaluate a stock base of this size without it
     la.restore(ours, tmp_path / "run" / "checkpoint-4")
     torch.testing.assert_close(logits(ours), expected, rtol=0, atol=0)
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "run" / "checkpoint-4")
@@ -139,8 +141,6 @@ def test_trains_logs_and_saves_the_adapter_alone(kind, tmp_path, capsys):
 
 
 def test_a_whole_config_and_options_reach_attach():
-    from peft import LoraConfig
-
     lora = LoraCallback(llama(), config=LoraConfig(r=3, target_modules=["q_proj"]))
     assert {layer.rank for layer in lora.adapter.plan.layers} == {3}
     lora = LoraCallback(llama(), r=2, targets="mlp", adapter_name="mine")
@@ -257,6 +257,14 @@ def test_predict_and_the_auto_classes_read_a_checkpoint(tmp_path):
     """transformers' own from_pretrained reads the checkpoint, as for any PEFT adapter."""
     base = classifier()
     base.save_pretrained(tmp_path / "base")
+    stock = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"]),
+    )
+    perturb(stock)
+    stock.save_pretrained(tmp_path / "stock")
+    if not torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "stock")), logits(stock)):
+        pytest.skip("this version of transformers loses the head of stock PEFT's checkpoints too (5.17 does)")
     lora = LoraCallback(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), rank=2)
     trainer = Trainer(model=lora.model, args=arguments(tmp_path / "run"), train_dataset=labelled(8), callbacks=[lora])
     trainer.train()

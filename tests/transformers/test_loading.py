@@ -40,7 +40,7 @@ def test_load_and_attach_quantize_the_same_layers_to_the_same_weights(folder, fm
 
 
 def test_a_dense_load_is_the_checkpoint(folder):
-    model = la.load(folder)
+    model = la.load(folder, device="cpu")
     expected = llama().state_dict()
     assert type(model).__name__ == "LlamaForCausalLM"
     assert quantized_format(model) is None
@@ -103,7 +103,7 @@ def test_quantizing_twice_differently_is_refused(folder):
 
 
 def test_train_eval_train_on_a_4_bit_base(folder):
-    model = la.load(folder, quantization="nf4")
+    model = la.load(folder, quantization="nf4", device="cpu")
     adapter = la.attach(model, rank=2, seed=0)
     ids = torch.arange(3, 11)[None]
     gradients = []
