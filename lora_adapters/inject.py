@@ -26,6 +26,7 @@ from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
 from .naming import patterns_for, target_modules_for
 from .planning import AttachPlan, PlannedLayer, base_of, foreign_tuner
+from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
 from .weights import guard_cpu_repacking, mark_quantized, quantize_modules
 
@@ -168,15 +169,14 @@ def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel |
     peft_model = _wrap(model, config, plan) if peft_model is None else _add(peft_model, config, name)
     for field, value in real.items():
         setattr(config, field, value)
+    places = places_of(model)
     for planned in plan.layers:
         module = model.get_submodule(planned.name)
         if isinstance(module, LoraLayer):
             layer = adopt(module)
         else:
             layer = classes[planned.layer].wrap(module)
-            parent, _, child = planned.name.rpartition(".")
-            # Straight into the registry: a module replaces a module, so __setattr__ has nothing to check.
-            model.get_submodule(parent)._modules[child] = layer
+            put(places[id(module)], layer)
         base = base_of(layer)
         layer.add_factors(name, _factors(base, planned, plan, initialise))
         if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
@@ -287,6 +287,8 @@ def _inject_through_peft(
 ) -> PeftModel:
     config = build_config(model, plan)
     name = plan.request.adapter_name
+    places = places_of(model)
+    before = [model.get_submodule(planned.name) for planned in plan.layers]
     # PEFT recognises a quantized base by this flag alone; without it a 4-bit layer would be taken for a dense one.
     if peft_model is None:
         peft_model = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,assignment]
@@ -294,8 +296,10 @@ def _inject_through_peft(
         peft_model.add_adapter(name, config)
     assert peft_model is not None
     plain = config.init_lora_weights in (True, False, "gaussian")
-    for planned in plan.layers:
+    for planned, old in zip(plan.layers, before, strict=True):
         layer = model.get_submodule(planned.name)
+        if layer is not old:
+            put(places[id(old)], layer)  # PEFT replaces a module in the first place only
         if _our_class(type(layer)) is not None:
             layer = adopt(layer)  # type: ignore[arg-type]
         if plain and initialise and isinstance(layer, EngineLayer):
@@ -398,12 +402,10 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 def unwrap_empty(model: nn.Module) -> None:
     """Put the base module back wherever no adapter is left."""
-    empty = {
-        n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and not (m.lora_A or m.lora_embedding_A)
-    }
-    for name, layer in empty.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    places = places_of(model)
+    empty = [m for m in model.modules() if isinstance(m, LoraLayer) and not (m.lora_A or m.lora_embedding_A)]
+    for layer in empty:
+        put(places[id(layer)], layer.get_base_layer())
 
 
 def check_free_name(model: nn.Module, name: str) -> None:

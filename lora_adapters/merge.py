@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from .errors import MergeError
+from .planning import backend_for
+from .sharing import places_of, put
 
 
 def merge(peft_model: PeftModel, base: nn.Module, names: list[str]) -> None:
@@ -54,5 +57,22 @@ def unmerge(layers: Iterable[LoraLayer]) -> None:
 
 
 def unload(peft_model: PeftModel) -> nn.Module:
-    """Replace every adapter layer by its (merged) base module and return the plain model."""
-    return peft_model.merge_and_unload(progressbar=False)  # type: ignore[operator]
+    """Replace every adapter layer by its (merged) base module, wherever it is registered, and return the plain model."""
+    base = peft_model.get_base_model()
+    places = places_of(base)
+    layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    config = getattr(base, "config", None)
+    tie = getattr(config, "tie_word_embeddings", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied).*")
+        model = peft_model.merge_and_unload(progressbar=False)  # type: ignore[operator]
+    for layer in layers:
+        if len(spots := places[id(layer)]) > 1:
+            put(spots, layer.get_base_layer())  # PEFT takes it out of the first place only
+    # PEFT turns tying off for the whole model when the embeddings have parted: the backend looks closer.
+    if tie is not None:
+        config.tie_word_embeddings = tie  # type: ignore[union-attr]
+    unloaded = getattr(backend_for(model)[0], "unloaded", None)
+    if unloaded is not None:
+        unloaded(model)
+    return model

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from .hooks.specs import LayerSpec, PlanEdit
 from .layers import BUILTIN_LAYERS
 from .request import ENGINE_FIELDS, AttachRequest, check_alpha, check_pattern, check_rank
 from .selection import Choice, select
+from .sharing import held_twice, other_names, places_of, tied_names
 from .targets import Backend, Classification, ModelInfo, candidates, expand
 
 if TYPE_CHECKING:
@@ -182,18 +183,20 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
     base = unwrap(model)
     backend, notes = backend_for(base)
     info = ModelInfo(backend.name, backend.family(base), candidates(base), base)
+    shared = _Shared.of(base)
     classes = _classify(backend, info, request)
     trained = request.modules_to_save
     if trained is None:
         trained = backend.heads_to_train(base)
     trained_names = _trained_names(base, trained)
-    chosen = select(request, [n for n in info.modules if not _inside(n, trained_names)], classes)
-    quantize, quantizers = _assign_quantizers(info, classes, request, trained_names, backend)
+    _refuse_shared(trained_names, base)
+    chosen = select(request, [n for n in info.modules if not _inside(n, trained_names)], classes, shared.other_names)
+    quantize, quantizers = _assign_quantizers(info, classes, request, trained_names, backend, shared.tied)
     layers, skipped, specs = [], [], _LayerSpecs()
     for name, module in info.modules.items():
         role = classes.roles.get(name, "other")
         if name in chosen:
-            layer = _plan_layer(name, module, chosen[name], request, quantizers, classes, specs)
+            layer = _plan_layer(name, module, chosen[name], request, quantizers, classes, specs, shared.tied)
             (layers if isinstance(layer, PlannedLayer) else skipped).append(layer)
         else:
             reason = "trained whole" if _inside(name, trained_names) else classes.never.get(name, "not in targets")
@@ -212,7 +215,7 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
         total_parameters=sum(_numel(p) for p in _plain_parameters(base)),
         trained_parameters=_count_trained(base, trained_names, request, layers),
         shared_input=classes.shared_input,
-        notes=(*notes, *classes.notes),
+        notes=(*notes, *classes.notes, *shared.notes(base, layers, request)),
         _model=base,
         _quantizers=quantizers,
     )
@@ -245,6 +248,49 @@ def _trained_names(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]
             raise NoTargetError(f"modules_to_save {key!r} matches no module of {type(model).__name__}.")
         found += matched
     return tuple(found)
+
+
+def _refuse_shared(trained: tuple[str, ...], model: nn.Module) -> None:
+    """Raise if a module to train whole is registered more than once: PEFT would train a copy in the first place only."""
+    places = places_of(model)
+    for name in trained:
+        count = len(places.get(id(model.get_submodule(name)), ()))
+        if count > 1:
+            raise UnsupportedError(
+                f"{name!r} can't be trained whole: the model holds it in {count} places, and PEFT would train a copy in "
+                "the first one while the others keep the old weights. Adapt it instead: leave it out of modules_to_save "
+                "(modules_to_save=[] trains none) and name it in targets."
+            )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the model shares: see `sharing`."""
+
+    other_names: Mapping[str, str]
+    tied: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Shared:
+        """Look a model through. Names are those without adapters."""
+        tied = {name.removesuffix(".base_layer"): reason for name, reason in tied_names(model).items()}
+        return cls(other_names(model), tied)
+
+    def notes(self, model: nn.Module, layers: list[PlannedLayer], request: AttachRequest) -> Iterator[str]:
+        """Yield what follows from it for these layers."""
+        if twice := held_twice(model, [layer.name for layer in layers]):
+            yield (
+                f"{twice[0]!r} is one module in several places ({len(twice)} such layers): one adapter serves all of "
+                "them. Stock PEFT adapts it in the first place only, so restore what you save with lora_adapters."
+            )
+        if tied := [layer.name for layer in layers if layer.name in self.tied]:
+            yield (
+                f"{len(tied)} adapted layers share their weight with another module (first {tied[0]!r}): each has an "
+                "adapter of its own, and merging gives each a weight of its own, which takes more memory. (Stock PEFT "
+                "would merge them all into the one weight.)"
+            )
+        if self.tied and request.quantization is not None:
+            yield f"{len(self.tied)} modules share their weight with another one and stay as they are, dense."
 
 
 class _LayerSpecs:
@@ -281,6 +327,12 @@ def _special_fields(request: AttachRequest) -> list[str]:
     return [n for n in special if request.peft_fields[n] != getattr(default, n)]
 
 
+def _changes_base(request: AttachRequest) -> str:
+    """Return the initialisation that takes part of the base weight into the adapter (PiSSA and its like), or ""."""
+    init = request.peft_fields.get("init_lora_weights", True)
+    return "" if isinstance(init, bool) or init in ("gaussian", "orthogonal", "eva", "mica") else str(init)
+
+
 def adapter_parameters(kind: str, shape: tuple[int, ...], rank: int, lora_bias: bool = False) -> int:
     """Return the number of values a LoRA of this rank adds to a weight of this shape.
 
@@ -298,6 +350,7 @@ def _plan_layer(
     quantizers: Mapping[str, Quantizer],
     classes: Classification,
     specs: _LayerSpecs,
+    tied: Mapping[str, str],
 ) -> PlannedLayer | SkippedLayer:
     from .weights import store_for
 
@@ -310,6 +363,8 @@ def _plan_layer(
 
     if name in classes.never:
         return refuse(classes.never[name])
+    if name in tied and (init := _changes_base(request)):
+        return refuse(f"{tied[name]}, which init_lora_weights={init!r} would change for both")
     base = base_of(module)
     foreign = foreign_tuner(module)
     if foreign:
@@ -365,13 +420,18 @@ def foreign_tuner(module: nn.Module) -> str:
 
 
 def _assign_quantizers(
-    info: ModelInfo, classes: Classification, request: AttachRequest, trained: tuple[str, ...], backend: Backend
+    info: ModelInfo,
+    classes: Classification,
+    request: AttachRequest,
+    trained: tuple[str, ...],
+    backend: Backend,
+    tied: Mapping[str, str],
 ) -> tuple[dict[str, str], dict[str, Quantizer]]:
     """Return module name -> role and module name -> Quantizer of every base module to quantize."""
     wanted = request.quantization
     if wanted is None:
         return {}, {}
-    from .weights import quantized_format, tied_names
+    from .weights import quantized_format
 
     existing = quantized_format(info.model)
     specs = plugins().quantizers()
@@ -383,7 +443,6 @@ def _assign_quantizers(
             f"The model is already quantized to {existing}, and quantization={wanted!r} asks for another format. "
             "Leave quantization out to keep it, or load the model again."
         )
-    tied = tied_names(info.model)
     dense = getattr(backend, "dense_modules", lambda model: ())(info.model)
     roles, quantizers = {}, {}
     for name, module in info.modules.items():
@@ -415,7 +474,8 @@ def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
     info = ModelInfo(backend.name, backend.family(base), candidates(base), base)
     request = AttachRequest.make(quantization=quantization)
     trained = _trained_names(base, backend.heads_to_train(base))
-    _, quantizers = _assign_quantizers(info, _classify(backend, info, request), request, trained, backend)
+    classes = _classify(backend, info, request)
+    _, quantizers = _assign_quantizers(info, classes, request, trained, backend, tied_names(base))
     return {name: quantizer.name for name, quantizer in quantizers.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import inject
@@ -16,6 +17,7 @@ from .checkpoint import resolve_adapter_path, write_adapter
 from .errors import CheckpointError, UnsupportedError
 from .planning import AttachPlan, PlannedLayer, base_of, make_plan
 from .request import AttachRequest
+from .sharing import held_twice
 from .snapshot import Changes
 from .targets import candidates
 from .weights import store_for
@@ -23,12 +25,21 @@ from .weights import store_for
 #: Config fields that say what the layers compute; the others say how the adapter came to be.
 _CARRIED = ("use_rslora", "use_dora", "lora_bias", "bias", "task_type", "fan_in_fan_out", "init_lora_weights")
 
+#: Entry of the file's header: the layers whose adapter acts wherever the module is registered, joined by commas.
+_HELD_TWICE = "lora_adapters.held_twice"
+
 
 def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write one adapter as a PEFT checkpoint folder, as one act. Returns the folder."""
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     base = peft_model.get_base_model()
     described = {"lora_adapters.base_class": type(base).__name__, **{k: str(v) for k, v in metadata.items()}}
+    if twice := held_twice(base, _layer_names(base, name)):
+        described[_HELD_TWICE] = ",".join(twice)
+        inject.warn(
+            f"{twice[0]!r} is one module in several places, and stock PEFT adapts it in the first place only: restore "
+            f"{folder} with lora_adapters.restore, or merge the adapter before sharing the model."
+        )
     config: Any = peft_model.peft_config[name]
     write_adapter(folder, config, tensors, described)
     return folder
@@ -41,12 +52,28 @@ def restore_adapter(
     file = inspect_adapter(resolve_adapter_path(path, revision))
     _refuse_unsupported(file)
     plan = _plan(base, file, name)
+    _refuse_half_adapted(base, plan, file)
     check_tensors(file, expected_tensors(base, plan))
     tensors = read_adapter(file)
     check_copies(file, tensors, {module: _dense(base, module) for module in file.copies.values()})
     values = {key: tensor for key, tensor in tensors.items() if key not in file.copies}
     result, changes = inject.apply(base, plan, peft_model, load=lambda model: _load(model, plan, values))
     return result, plan, changes
+
+
+def _layer_names(base: nn.Module, name: str) -> list[str]:
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+    return [n for n, layer in layers.items() if name in layer.lora_A or name in layer.lora_embedding_A]
+
+
+def _refuse_half_adapted(base: nn.Module, plan: AttachPlan, file: AdapterFile) -> None:
+    """Raise for a file of stock PEFT, whose adapter acts in the first place of a module only, where ours acts in all."""
+    said = file.metadata.get(_HELD_TWICE, "").split(",")
+    if strange := [n for n in held_twice(base, [layer.name for layer in plan.layers]) if n not in said]:
+        raise UnsupportedError(
+            f"{strange[0]!r} is one module in several places. In stock PEFT, which wrote this file, the adapter acts in "
+            "the first of them only, which can't be had here. Load it with PeftModel.from_pretrained(model, folder)."
+        )
 
 
 def _dense(base: nn.Module, module: str) -> torch.Tensor:

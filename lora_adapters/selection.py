@@ -11,6 +11,8 @@ from .errors import NoTargetError, RequestError, UnsupportedError
 from .request import AttachRequest, check_pattern
 from .targets import GROUPS, Classification, expand
 
+_NONE: Mapping[str, str] = {}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -22,13 +24,16 @@ class Choice:
     named: bool = False
 
 
-def select(request: AttachRequest, names: Iterable[str], classes: Classification) -> dict[str, Choice]:
+def select(
+    request: AttachRequest, names: Iterable[str], classes: Classification, other_names: Mapping[str, str] = _NONE
+) -> dict[str, Choice]:
     """Return module name -> Choice, in the model's order.
 
     Args:
         request: what the user asked for.
         names: names of all modules that could carry an adapter, in the model's order.
         classes: their roles.
+        other_names: further name -> first name, of modules that are registered more than once.
 
     Raises:
         NoTargetError: a word, name or pattern matches nothing.
@@ -41,7 +46,7 @@ def select(request: AttachRequest, names: Iterable[str], classes: Classification
             for name in names
             if name in request.exact
         }
-    matcher = _Matcher(names, classes)
+    matcher = _Matcher(names, classes, other_names)
     default = Choice("", request.rank, request.rank if request.alpha is None else request.alpha)
     chosen: dict[str, Choice] = {}
     for key, rank, alpha in _entries(request, classes):
@@ -78,8 +83,11 @@ def _entries(request: AttachRequest, classes: Classification) -> list[tuple[obje
 
 
 class _Matcher:
-    def __init__(self, names: list[str], classes: Classification) -> None:
+    def __init__(self, names: list[str], classes: Classification, other_names: Mapping[str, str]) -> None:
         self.names, self.classes = names, classes
+        # Whichever of its names a user knows a module by, it is the one module.
+        known = set(names)
+        self.spellings = {name: name for name in names} | {o: n for o, n in other_names.items() if n in known}
         self.by_role: dict[str, list[str]] = {}
         for name in names:
             self.by_role.setdefault(classes.roles.get(name, "other"), []).append(name)
@@ -90,9 +98,9 @@ class _Matcher:
         In a list a word is a module's name before it is a role ("q" in T5 is both); elsewhere a role comes first.
         """
         if key.startswith("re:"):
-            return self._required(key, check_pattern(key[3:]).search), True
+            return self._required(key, self._find(check_pattern(key[3:]).search)), True
         words = [word.strip() for word in key.split("+")]
-        named = [name for name in self.names if name == key or name.endswith("." + key)]
+        named = self._find(lambda name: name == key or name.endswith("." + key))
         roles = all(expand(word) for word in words)
         known = roles and all(any(role in self.by_role for role in expand(word) or ()) for word in words)
         if named and (names_first or not known):
@@ -139,31 +147,37 @@ class _Matcher:
             f"Layer names end in: {', '.join(suffixes[:20])}{' ...' if len(suffixes) > 20 else ''}."
         )
 
-    def _required(self, key: str, test: Callable[[str], object]) -> list[str]:
-        found = [name for name in self.names if test(name)]
+    def _find(self, test: Callable[[str], object]) -> list[str]:
+        return list(dict.fromkeys(name for spelling, name in self.spellings.items() if test(spelling)))
+
+    def _required(self, key: str, found: list[str]) -> list[str]:
         if not found:
             raise NoTargetError(self._nothing(key, [key]))
         return found
 
     def peft(self, key: object) -> tuple[list[str], bool]:
-        """Return the modules PEFT's target_modules means: a full match of a string, suffixes of a list."""
+        """Return the modules PEFT's target_modules means: a full match of a string, suffixes of a list.
+
+        As in PEFT a module that is registered more than once counts under its first name.
+        """
         if isinstance(key, str):
             if key == "all-linear":
                 roles = (*GROUPS["all-linear"], "router")
                 found = [n for n in self.names if self.classes.roles.get(n, "other") in roles]
                 return self._trusted(key, found), False
-            return self._required(key, check_pattern(key).fullmatch), True
+            test = check_pattern(key).fullmatch
+            return self._required(key, [name for name in self.names if test(name)]), True
         keys: list[str] = list(key)  # type: ignore[call-overload]
         found: list[str] = []
         for one in keys:
-            found += self._required(one, lambda name, one=one: name == one or name.endswith("." + one))
+            found += self._required(one, [n for n in self.names if n == one or n.endswith("." + one)])
         return found, True
 
     def excluded(self, key: str) -> list[str]:
         if key.startswith("re:"):
-            return [name for name in self.names if check_pattern(key[3:]).search(name)]
+            return self._find(check_pattern(key[3:]).search)
         found = self._trusted(key, [name for role in expand(key) or () for name in self.by_role.get(role, ())])
-        return found or [n for n in self.names if n == key or n.endswith("." + key) or n.startswith(key + ".")]
+        return found or self._find(lambda n: n == key or n.endswith("." + key) or n.startswith(key + "."))
 
 
 def _apply_peft_patterns(request: AttachRequest, chosen: dict[str, Choice]) -> dict[str, Choice]:

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import MissingDependencyError, PluginError, PluginWarning, RequestError
 from ..hooks.manager import load_object, plugins, require
 from ..hooks.specs import QuantizerSpec
+from ..sharing import places_of, put, tied_names
 from .bnb import bnb_store
 from .dense import DenseStore, dense_store
 from .store import Quantizer, WeightStore
@@ -137,33 +138,6 @@ def quantized_format(model: nn.Module, quantizers: Iterable[Quantizer] = ()) -> 
     return None if method is None else str(getattr(method, "value", method))
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return module name -> reason, for every module whose weight another module holds too (a head and an embedding).
-
-    Quantizing one end would leave the other dense or change it, so callers refuse these. The same module object under
-    two names is not tied: it is one module.
-    """
-    owners: dict[Any, dict[int, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            shared = id(parameter)
-            if type(parameter) is nn.Parameter and parameter.numel() and parameter.device.type != "meta":
-                shared = (parameter.device, parameter.data_ptr())
-            slot = owners.setdefault(shared, {}).setdefault(id(module), [])
-            if key == "weight":
-                slot.append(name)
-    tied: dict[str, str] = {}
-    for modules in owners.values():
-        if len(modules) > 1:
-            for mine, names in modules.items():
-                others = [other for key, found in modules.items() if key != mine for other in found]
-                for name in names:
-                    tied[name] = f"its weight is also the weight of {', '.join(others) or 'another parameter'}"
-    return tied
-
-
 def quantize_modules(
     model: nn.Module,
     assignment: Mapping[str, Quantizer],
@@ -184,29 +158,19 @@ def quantize_modules(
         RequestError: a name is unknown or the root, a quantizer refuses a module, a weight is tied, or not finite.
     """
     _validate(model, assignment)
-    places = _places(model)
+    places = places_of(model)
     done: dict[int, nn.Module] = {}
     for count, (name, quantizer) in enumerate(assignment.items(), start=1):
         old = model.get_submodule(name)
         # A second name of a module already replaced leads to the new module.
         if id(old) not in done:
             new = quantizer.quantize(old, compute_dtype)
-            for parent, leaf in places[id(old)]:
-                setattr(parent, leaf, new)
+            put(places[id(old)], new)
             done[id(new)] = new
             del new
         del old
         if progress is not None:
             progress(count, len(assignment), name)
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return id(child) -> every (parent, attribute) that holds it. Keeps no child alive, so that each can be freed."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for leaf, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, leaf))
-    return places
 
 
 def _validate(model: nn.Module, assignment: Mapping[str, Quantizer]) -> None:

@@ -42,6 +42,12 @@ class TransformersBackend:
         """Return patterns of modules that transformers itself keeps out of quantization."""
         return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
+    def unloaded(self, model: nn.Module) -> None:
+        """Let a model whose adapters were merged forget the ties between weights that no longer hold."""
+        from .tying import forget_broken_ties
+
+        forget_broken_ties(model)
+
     def can_load(self, name: str, revision: str | None = None) -> bool:
         """Return True if `name` has a configuration that transformers knows."""
         from .loading import can_load

@@ -146,12 +146,6 @@ def _expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{prefix}.{name}", parameter
 
 
-def _shared_weights(info: ModelInfo) -> int:
-    """Count the linear layers whose weight is another one's too."""
-    weights = [id(m.weight) for m in info.modules.values() if isinstance(m, nn.Linear)]
-    return len(weights) - len(set(weights))
-
-
 def _notes(info: ModelInfo, mixers: bool) -> Iterator[str]:
     bare = dict(_expert_parameters(info.model))
     if bare:
@@ -160,11 +154,6 @@ def _notes(info: ModelInfo, mixers: bool) -> Iterator[str]:
         yield (
             f"{count:,} values of the experts are 3-dimensional parameters, which no LoRA layer reaches; "
             f"PEFT's target_parameters={leaves} adapts them."
-        )
-    if shared := _shared_weights(info):
-        yield (
-            f"{shared} linear layers share their weight with another layer (the model reuses blocks): each gets an "
-            "adapter of its own, so merging them would change the shared weight for all."
         )
     if mixers:
         yield "Some layers mix tokens without softmax attention (state space, linear attention): default is all-linear."

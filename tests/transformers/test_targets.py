@@ -245,5 +245,5 @@ def test_every_family_that_is_refused_is_one_of_transformers():
 
 
 def test_shared_blocks_are_mentioned(sweep):
-    _, _, classes = _build(sweep, "zamba", "causal-lm")
-    assert any("share their weight" in note for note in classes.notes)
+    model, _, _ = _build(sweep, "zamba", "causal-lm")
+    assert any("share their weight" in note for note in la.plan(model, rank=2).notes)
