@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from .direct_reads import owners_of, why_not_called
 from .errors import UnsupportedError
 from .hooks.specs import TargetMap
 from .targets import Classification, ModelInfo, classify_by_patterns
+
+
+def _not_called(name: str, module: nn.Module, by_name: Mapping[str, nn.Module]) -> str:
+    return why_not_called(getattr(module, "base_layer", module), owners_of(name, by_name))
 
 
 class GenericBackend:
@@ -31,10 +36,12 @@ class GenericBackend:
         """Return roles by class; a TargetMap(backend="generic", families=(class name,)) comes first."""
         known = classify_by_patterns(info, [m for m in maps if m.backend == self.name])
         roles = {name: self._role(module) for name, module in info.modules.items()} | dict(known.roles)
+        by_name = dict(info.model.named_modules())
+        never = {name: why for name, module in info.modules.items() if (why := _not_called(name, module, by_name))}
         default = known.default if known.roles else ""
         if not default:
             default = "all-linear" if "other" in roles.values() else "conv"
-        return Classification(roles, known.never, default, known.shared_input, known.notes)
+        return Classification(roles, never | dict(known.never), default, known.shared_input, known.notes)
 
     @staticmethod
     def _role(module: nn.Module) -> str:

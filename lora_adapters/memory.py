@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import RequestError, UnsupportedError
-from .simulation import Copier, Tracker, rng_untouched, stored_bytes
+from .simulation import Copier, Tracker, keep_masks_as_cuda, rng_untouched, stored_bytes
 
 #: Makes an optimizer for the trainable parameters, as torch.optim's classes do.
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -70,9 +70,9 @@ def predict_step(
         optimizer: "adamw", "adamw_fused", "adamw_8bit", "sgd", "adafactor", a function from parameters to a
             torch.optim optimizer, or None for a step without an optimizer.
         autocast: dtype of torch.autocast around the forward, as Trainer's bf16=True sets; None for none.
-        device: device type the step will run on; the model's own by default, "cpu" for a meta model. "cuda" needs CUDA
-            (its kernels can't be chosen without it); "cpu" comes within a quarter of it, as both have an attention
-            kernel that does not keep the attention matrix.
+        device: device the step will run on; the model's own by default, "cpu" for a meta model. "cuda" without CUDA
+            takes the CPU's kernels for CUDA's, which choose among others by what they are given: the same within a
+            tenth where attention needs no mask, and dropout's masks are counted as CUDA keeps them.
         loss: function from the forward's output to a scalar; by default the output's `.loss`, else the sum of its
             first floating tensor.
 
@@ -83,15 +83,20 @@ def predict_step(
     _check_trainable(model)
     target = _target_device(model, device)
     factory = _optimizer_factory(optimizer, target)
+    stand_in = target.type == "cuda" and not torch.cuda.is_available()
+    if stand_in:
+        target = torch.device("cpu")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copier = Copier(mode, target)
     with rng_untouched(), _quiet(), mode:
         try:
             fake = copier.copy(model)
+            if stand_in:
+                keep_masks_as_cuda(fake)
             if checkpointing:
                 _enable_checkpointing(fake)
             given = tree_map_only(torch.Tensor, copier.input, dict(inputs))
-            tracker = Tracker(target, simulated=True)
+            tracker = Tracker(target, simulated=True, like_cuda=stand_in)
             return _Step(fake.train(), given, copier.originals, copier.fakes, tracker, autocast, loss).run(factory)
         except (RequestError, UnsupportedError):
             raise
@@ -180,8 +185,8 @@ class _Step:
         state = sum(tracker.bytes_of(list(optimizer.state.values())).values()) if optimizer else 0
         if isinstance(factory, _StateBytes):
             state = factory.of(params)
-        adapter = stored_bytes([p for p in self.originals if p.requires_grad], device)
-        weights = stored_bytes(self.originals, device) - adapter
+        adapter = stored_bytes([p for p in self.originals if p.requires_grad], tracker.block)
+        weights = stored_bytes(self.originals, tracker.block) - adapter
         return StepMemory(weights, adapter, gradients, state, activations, weights + adapter + state + peak)
 
     def _reset_cuda_peak(self) -> int | None:
@@ -262,8 +267,6 @@ def _target_device(model: nn.Module, device: str | torch.device | None) -> torch
             raise UnsupportedError(f"The model is spread over {sorted(map(str, kinds))}; one device is simulated.")
         device = kinds.pop() if kinds else "cpu"
     target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError('device="cuda" needs CUDA to choose its kernels. Use device="cpu": it comes within a quarter.')
     return torch.device("cuda", target.index or 0) if target.type == "cuda" else target
 
 

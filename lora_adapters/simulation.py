@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import sys
 import weakref
@@ -36,10 +37,11 @@ _CUDA_BLOCK = 512
 class Tracker(TorchDispatchMode):
     """Logs when storages made by operations come and go. Storages given to `ignore` are not logged."""
 
-    def __init__(self, device: torch.device, simulated: bool) -> None:
+    def __init__(self, device: torch.device, simulated: bool, like_cuda: bool = False) -> None:
         super().__init__()
         self.device = device
         self.simulated = simulated
+        self.block = _CUDA_BLOCK if like_cuda or device.type == "cuda" else 1
         self.constant_scalars = False  # answer .item() with 1.0: an optimizer's step counters steer no memory
         self.events: list[tuple[int, int]] = []  # (key of the storage, its bytes: negative when freed)
         self._alive: dict[int, tuple[weakref.ref[Any], int, int]] = {}  # id -> (ref, key, bytes)
@@ -66,7 +68,7 @@ class Tracker(TorchDispatchMode):
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
                 continue
             storage = tensor.untyped_storage()
-            name, size = id(storage), _rounded(storage.nbytes(), self.device)
+            name, size = id(storage), _rounded(storage.nbytes(), self.block)
             if name not in self._ignored and name not in self._alive and size:
                 self._keys += 1
                 self._alive[name] = (weakref.ref(storage, self._on_death(name)), self._keys, size)
@@ -96,6 +98,21 @@ class Tracker(TorchDispatchMode):
             self.events.append((key, -size))
 
         return gone
+
+
+def keep_masks_as_cuda(model: nn.Module) -> None:
+    """Make a simulated model's dropout keep what it keeps on CUDA, a byte an element.
+
+    On CPUs it keeps a mask of the input's dtype. Modules only: an intercepted `F.dropout` would be missed where a
+    checkpoint computes its forward again.
+    """
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.forward = functools.partial(_native_dropout, module)
+
+
+def _native_dropout(module: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
+    return torch.native_dropout(input, module.p, True)[0] if module.training and module.p else input
 
 
 class Copier(TorchFunctionMode):
@@ -173,14 +190,14 @@ def _simulate(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def _rounded(size: int, device: torch.device) -> int:
-    return -(-size // _CUDA_BLOCK) * _CUDA_BLOCK if device.type == "cuda" else size
+def _rounded(size: int, block: int) -> int:
+    return -(-size // block) * block
 
 
-def stored_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
-    """Bytes of the tensors' storages, each storage once."""
+def stored_bytes(tensors: Iterable[torch.Tensor], block: int) -> int:
+    """Bytes of the tensors' storages, each storage once and rounded up to whole blocks."""
     storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-    return sum(_rounded(size, device) for size in storages.values())
+    return sum(_rounded(size, block) for size in storages.values())
 
 
 @contextlib.contextmanager

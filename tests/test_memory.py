@@ -280,6 +280,19 @@ def test_control_flow_on_values_is_named():
         predict_step(Branching(), {"x": torch.randn(2, 4)})
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cuda_without_cuda_keeps_dropout_masks_as_cuda_does(checkpointing, monkeypatch):
+    """The CPU keeps each mask in the input's dtype, CUDA in a byte an element."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    inputs, rows = batch(2, 64), 2 * 64
+    meta = llama("meta", checkpointing=checkpointing)
+    cpu, cuda = predict_step(meta, inputs), predict_step(meta, inputs, device="cuda")
+    assert cuda.adapter == cpu.adapter
+    # In one layer: q, k, v, o, gate and up take 256 features, down takes 512.
+    masks = (6 * 256 + 512) * rows * 3 * (1 if checkpointing else LLAMA["num_hidden_layers"])
+    assert cpu.activations - cuda.activations == pytest.approx(masks, rel=0.1)
+
+
 def test_an_error_of_the_forward_is_named():
     with pytest.raises(UnsupportedError, match=r"RuntimeError in Linear: .+"):
         predict_step(Branching(), {"x": torch.randn(2, 5)})

@@ -33,7 +33,7 @@ def llama(device, dtype, checkpointing):
     "dtype, autocast",
     [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)],
 )
-def test_llama(rows, length, checkpointing, dtype, autocast):
+def test_llama(rows, length, checkpointing, dtype, autocast, monkeypatch):
     ids = torch.randint(0, 8000, (rows, length))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     cuda = {name: t.cuda() for name, t in inputs.items()}
@@ -42,8 +42,9 @@ def test_llama(rows, length, checkpointing, dtype, autocast):
     predicted = predict_step(meta, inputs, autocast=autocast, device="cuda")
     assert predicted.total == pytest.approx(measured.total, rel=0.1), ("cuda", predicted, measured)
     assert predicted.activations == pytest.approx(measured.activations, rel=0.1), ("cuda", predicted, measured)
-    without_cuda = predict_step(meta, inputs, autocast=autocast, device="cpu")
-    assert without_cuda.total == pytest.approx(measured.total, rel=0.25), ("cpu", without_cuda, measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as on a machine without it
+    without = predict_step(meta, inputs, autocast=autocast, device="cuda")
+    assert without.total == pytest.approx(measured.total, rel=0.1), ("without CUDA", without, measured)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -1,0 +1,96 @@
+"""Layers whose weight other code reads without calling them: an adapter there would do nothing, and say nothing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+#: `self.x.weight`, but not a test of its type, nor a look at its dtype, device, shape or other facts, nor a clamp of
+#: its data in place.
+_WEIGHT_READ = re.compile(
+    r"(?<!isinstance\()\bself\.([\w.]+)\.weight\b(?!\.(data\.clamp_|dtype|device|shape|ndim|size|numel|is_|"
+    r"requires_grad|data_ptr|element_size|grad))"
+)
+_OWN_CALL = re.compile(r"\bself\.(\w+)\(")
+#: Methods that run when a model is built or tied, not when it computes.
+_SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantize")
+
+_NOTHING = "without calling it, where an adapter would do nothing"
+
+
+def owners_of(name: str, by_name: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path to the module, ancestor) for every ancestor that is no plain container, the nearest first."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        owner = by_name.get(".".join(parts[:-count]))
+        if owner is not None and not isinstance(owner, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield ".".join(parts[-count:]), owner
+
+
+def why_not_called(module: nn.Module, owners: Iterable[tuple[str, nn.Module]]) -> str:
+    """Return "" or, as a reason for the plan, who reads this module's weight without calling it.
+
+    Args:
+        module: the layer, without adapters.
+        owners: see `owners_of`.
+    """
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return f"torch.nn.MultiheadAttention reads its weight {_NOTHING}"
+    for path, owner in owners:
+        if path in _read_by(type(owner)):
+            return f"{type(owner).__name__} reads its weight {_NOTHING}"
+    return ""
+
+
+@functools.cache
+def _read_by(owner: type[nn.Module]) -> frozenset[str]:
+    """Return paths to the modules whose weight the class's own source reads while it computes.
+
+    That is in `forward` and whatever methods it leads to.
+    """
+    found: set[str] = set()
+    seen: set[str] = set()
+    ahead = ["forward", "__call__"]
+    while ahead:
+        name = ahead.pop()
+        if name in seen or _SETUP.search(name):
+            continue
+        seen.add(name)
+        for cls in owner.__mro__:
+            if cls.__module__.split(".")[0] == "torch":
+                break
+            source = _source(vars(cls).get(name))
+            found |= {match[1] for match in _WEIGHT_READ.finditer(source)}
+            ahead += _OWN_CALL.findall(source)
+    return frozenset(found)
+
+
+def _source(method: Any) -> str:
+    if not inspect.isfunction(method):
+        return ""
+    try:
+        source = inspect.getsource(method)
+    except (OSError, TypeError):  # no source on this machine: what is known as data still holds
+        return ""
+    names = method.__code__.co_varnames
+    return re.sub(rf"\b{names[0]}\.", "self.", source) if names else source
+
+
+def have_called(layer: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+    """Make torch.nn.TransformerEncoderLayer call a layer of its feed-forward in evaluation too.
+
+    Without gradients it hands its layers' weights to one fused kernel, which knows neither adapters nor packed weights.
+    It leaves that alone when one of its modules has a hook, so the layer gets one. `places`: see `sharing.places_of`.
+    """
+    inside = any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in places)
+    if inside and _nothing not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """Be a hook."""
