@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError, UnsupportedError
 from .name_patterns import MAX_LENGTH, PatternMap
+from .naming import saved_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -228,7 +229,7 @@ class AdapterConfigData:
                 found -= _selected(found, exclude)
         except CheckpointError:
             return None
-        found = {name for name in found if not contains(self.get("modules_to_save", []), name)}
+        found = {name for name in found if not saved_whole(self.get("modules_to_save", []), name)}
         return self._in_layers(found)
 
     def _in_layers(self, names: set[str]) -> set[str] | None:

@@ -22,6 +22,7 @@ from .adapter_config import (
     read_bounded,
 )
 from .errors import CheckpointError
+from .naming import saved_whole
 from .staging import interrupted_config
 from .tensor_file import FLOATING, Header, TensorInfo, read_header, read_tensors
 
@@ -67,7 +68,7 @@ class AdapterFile:
         saved: keys of modules_to_save tensors.
         biases: keys of base biases that were trained (bias="all" or "lora_only").
         tokens: keys of trained token rows (trainable_token_indices).
-        copies: keys that repeat the base weight of an adapted embedding -> module name. PEFT writes them; they must
+        copies: keys that repeat the base weight of an adapted embedding or head -> module name. PEFT writes them; they must
             equal the model's own (`check_copies`) and are never loaded.
     """
 
@@ -162,7 +163,7 @@ class _Sorter:
             self._other(key)
 
     def _own(self, key: str) -> bool:
-        if contains(self.config.get("modules_to_save", []), key.removeprefix(PREFIX).rpartition(".")[0]):
+        if saved_whole(self.config.get("modules_to_save", []), key.removeprefix(PREFIX).rpartition(".")[0]):
             return False
         for suffix, part in (_FACTORS | _EXTRAS).items():
             if key.startswith(PREFIX) and key.endswith(suffix):
@@ -180,16 +181,21 @@ class _Sorter:
         bias, owner = self.config.get("bias", "none"), module.removesuffix(".base_layer")
         if not key.startswith(PREFIX):
             self.foreign.append(key)
-        elif contains(self.config.get("modules_to_save", []), module):
+        elif saved_whole(self.config.get("modules_to_save", []), module):
             self.saved.append(key)
         elif leaf == "bias" and (bias == "all" or (bias == "lora_only" and owner in self.parts)):
             self.biases.append(key)
         elif name.endswith(_TOKENS) and self.config.get("trainable_token_indices") is not None:
             self.tokens.append(key)
-        elif leaf == "weight" and owner != module and ".lora_embedding_" in self.parts.get(owner, {}).get("a", ""):
+        elif leaf == "weight" and owner != module and self._is_embedding(owner):
             self.copies[key] = owner
         else:
             self.foreign.append(key)
+
+    def _is_embedding(self, module: str) -> bool:
+        """True for adapted layers whose base weight PEFT saves as well: embeddings, and the head by its usual name."""
+        factor = self.parts.get(module, {}).get("a", "")
+        return ".lora_embedding_" in factor or (bool(factor) and module.rpartition(".")[2] == "lm_head")
 
 
 def _classify(folder: Path, config: AdapterConfigData, header: Header) -> AdapterFile:

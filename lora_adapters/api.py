@@ -57,7 +57,8 @@ def attach(
         quantization: None, "nf4", "fp4", "int8", a plugin's quantizer, a BitsAndBytesConfig, or a mapping role ->
             quantizer. Quantizes the base in memory, one layer at a time; heads and embeddings stay dense.
         adapter_name: a second adapter needs another name; the new one becomes the active one.
-        modules_to_save: modules to train and save whole. None (default) takes a new task head, if the model has one.
+        modules_to_save: modules to train and save whole, by the ends of their names (PEFT's rule: "norm" means
+            "input_layernorm" too). None (default) takes a new task head, if the model has one.
         config: a peft.LoraConfig instead of the arguments above.
         progress: show a progress bar while quantizing; None shows it in a terminal.
         **lora_config_fields: also `layers` (block indices), `exclude` (names), `seed`, `dtype`; PEFT's names for the

@@ -16,7 +16,6 @@ _WEIGHT_READ = re.compile(
     r"(?<!isinstance\()\bself\.([\w.]+)\.weight\b(?!\.(data\.clamp_|dtype|device|shape|ndim|size|numel|is_|"
     r"requires_grad|data_ptr|element_size|grad))"
 )
-_OWN_CALL = re.compile(r"\bself\.(\w+)\(")
 #: Methods that run when a model is built or tied, not when it computes.
 _SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantize")
 
@@ -42,32 +41,22 @@ def why_not_called(module: nn.Module, owners: Iterable[tuple[str, nn.Module]]) -
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return f"torch.nn.MultiheadAttention reads its weight {_NOTHING}"
     for path, owner in owners:
-        if path in _read_by(type(owner)):
-            return f"{type(owner).__name__} reads its weight {_NOTHING}"
+        if method := _read_by(type(owner)).get(path):
+            return f"{method} reads its weight {_NOTHING}"
     return ""
 
 
 @functools.cache
-def _read_by(owner: type[nn.Module]) -> frozenset[str]:
-    """Return paths to the modules whose weight the class's own source reads while it computes.
-
-    That is in `forward` and whatever methods it leads to.
-    """
-    found: set[str] = set()
-    seen: set[str] = set()
-    ahead = ["forward", "__call__"]
-    while ahead:
-        name = ahead.pop()
-        if name in seen or _SETUP.search(name):
-            continue
-        seen.add(name)
-        for cls in owner.__mro__:
-            if cls.__module__.split(".")[0] == "torch":
-                break
-            source = _source(vars(cls).get(name))
-            found |= {match[1] for match in _WEIGHT_READ.finditer(source)}
-            ahead += _OWN_CALL.findall(source)
-    return frozenset(found)
+def _read_by(owner: type[nn.Module]) -> dict[str, str]:
+    """Return path -> method, for the modules whose weight the class's own source reads while it computes."""
+    found: dict[str, str] = {}
+    for cls in owner.__mro__:
+        if cls.__module__.split(".")[0] == "torch":
+            break
+        for name, method in vars(cls).items():
+            if not _SETUP.search(name):
+                found |= {match[1]: f"{cls.__name__}.{name}" for match in _WEIGHT_READ.finditer(_source(method))}
+    return found
 
 
 def _source(method: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,11 +10,21 @@ from torch import nn
 from .direct_reads import owners_of, why_not_called
 from .errors import UnsupportedError
 from .hooks.specs import TargetMap
+from .sharing import other_names
 from .targets import Classification, ModelInfo, classify_by_patterns
 
 
-def _not_called(name: str, module: nn.Module, by_name: Mapping[str, nn.Module]) -> str:
-    return why_not_called(getattr(module, "base_layer", module), owners_of(name, by_name))
+def _not_called(info: ModelInfo) -> dict[str, str]:
+    """Return module name -> who reads its weight without calling it, under whichever of its names."""
+    by_name = dict(info.model.named_modules(remove_duplicate=False))
+    names = {name: name for name in info.modules} | other_names(info.model)
+    found: dict[str, str] = {}
+    for spelling, name in names.items():
+        if name in info.modules and name not in found:
+            layer = getattr(info.modules[name], "base_layer", info.modules[name])
+            if reason := why_not_called(layer, owners_of(spelling, by_name)):
+                found[name] = reason
+    return found
 
 
 class GenericBackend:
@@ -36,12 +46,11 @@ class GenericBackend:
         """Return roles by class; a TargetMap(backend="generic", families=(class name,)) comes first."""
         known = classify_by_patterns(info, [m for m in maps if m.backend == self.name])
         roles = {name: self._role(module) for name, module in info.modules.items()} | dict(known.roles)
-        by_name = dict(info.model.named_modules())
-        never = {name: why for name, module in info.modules.items() if (why := _not_called(name, module, by_name))}
         default = known.default if known.roles else ""
         if not default:
             default = "all-linear" if "other" in roles.values() else "conv"
-        return Classification(roles, never | dict(known.never), default, known.shared_input, known.notes)
+        never = _not_called(info) | dict(known.never)
+        return Classification(roles, never, default, known.shared_input, known.notes)
 
     @staticmethod
     def _role(module: nn.Module) -> str:

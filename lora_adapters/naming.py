@@ -1,4 +1,4 @@
-"""The shortest target_modules and pattern keys that mean exactly a given set of modules to stock PEFT."""
+"""What names mean to stock PEFT: the shortest keys that mean exactly a set of modules, and what modules_to_save means."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def patterns_for(names: Iterable[str], universe: Iterable[str]) -> list[str]:
     """Return keys for PEFT's rank_pattern or alpha_pattern that match `names` and nothing else of `universe`."""
     targets = target_modules_for(names, universe)
     return targets if isinstance(targets, list) else [f"^{one}" for one in _alternatives(set(names))]
+
+
+def saved_whole(keys: Iterable[str], name: str) -> bool:
+    """Return True if `name`, or a module it lies in, is what modules_to_save `keys` mean to PEFT.
+
+    PEFT compares the ends of names as text: "norm" means "input_layernorm" too.
+    """
+    parts = name.split(".")
+    ends = tuple(keys)
+    return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts) + 1))
 
 
 def _alternatives(names: set[str]) -> list[str]:

@@ -121,7 +121,13 @@ class AttachPlan:
         return self.adapter_parameters + self.trained_parameters
 
     def memory(
-        self, batch_size: int = 1, sequence_length: int = 512, *, optimizer: str = "adamw", autocast: Any = None
+        self,
+        batch_size: int = 1,
+        sequence_length: int = 512,
+        *,
+        optimizer: str = "adamw",
+        autocast: Any = None,
+        device: str | None = None,
     ) -> StepMemory:
         """Predict the memory of one training step in bytes, without running it.
 
@@ -130,6 +136,7 @@ class AttachPlan:
             sequence_length: tokens per row; text models only.
             optimizer: see `lora_adapters.memory.predict_step`.
             autocast: dtype of mixed precision, such as torch.bfloat16, or None.
+            device: where the step will run; None takes the model's device. "cuda" works without CUDA too.
 
         Raises:
             UnsupportedError: the model's forward can't be traced without data; the message says where.
@@ -141,7 +148,8 @@ class AttachPlan:
         copy = planned_on_meta(self._model, self)
         # Real inputs: a model that looks at its mask's values then takes the branch it will take in training.
         inputs = backend.example_inputs(self._model, batch_size, sequence_length, "cpu")
-        return predict_step(copy, inputs, optimizer=optimizer, autocast=autocast)
+        device = device or next((p.device.type for p in self._model.parameters() if p.device.type != "meta"), "cpu")
+        return predict_step(copy, inputs, optimizer=optimizer, autocast=autocast, device=device)
 
     def __str__(self) -> str:
         from .report.plan_table import render
@@ -238,15 +246,33 @@ def _inside(name: str, parents: tuple[str, ...]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
+def modules_meant(model: nn.Module, key: str) -> dict[str, nn.Module]:
+    """Return name -> module of what PEFT takes a `modules_to_save` entry to mean, seen through its wrappers."""
+    return {
+        name: getattr(module, "original_module", module)  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if name.endswith(key) and ".modules_to_save" not in name and ".original_module" not in name
+    }
+
+
 def _trained_names(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Return full names of the modules that `modules_to_save` means (PEFT matches the end of a name)."""
-    found: list[str] = []
-    names = [n for n, _ in model.named_modules() if ".modules_to_save." not in n and ".original_module" not in n]
+    """Return full names of the modules that `modules_to_save` means."""
+    from .weights import store_for
+
+    found: dict[str, nn.Module] = {}
     for key in wanted:
-        matched = [n for n in names if n == key or n.endswith("." + key)]
+        matched = modules_meant(model, key)
         if not matched:
             raise NoTargetError(f"modules_to_save {key!r} matches no module of {type(model).__name__}.")
-        found += matched
+        found |= matched
+    for name, module in found.items():
+        stores = (store_for(part) for part in module.modules())
+        if any(store is not None and store.format != "dense" for store in stores):
+            raise UnsupportedError(
+                f"{name!r} can't be trained whole: it is quantized. Adapt it instead (name it in targets), or load the "
+                "model with this module dense: quantization as a mapping of the roles to quantize, or a "
+                "BitsAndBytesConfig with llm_int8_skip_modules."
+            )
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from . import inject
 from .adapter_file import PREFIX, AdapterFile, check_copies, check_tensors, inspect_adapter, read_adapter
 from .checkpoint import resolve_adapter_path, write_adapter
 from .errors import CheckpointError, UnsupportedError
-from .planning import AttachPlan, PlannedLayer, base_of, make_plan
+from .planning import AttachPlan, PlannedLayer, base_of, make_plan, modules_meant
 from .request import AttachRequest
 from .sharing import held_twice
 from .snapshot import Changes
@@ -127,8 +127,7 @@ def _saved_modules(base: nn.Module, wanted: Iterable[str]) -> tuple[str, ...]:
     PEFT's task classes add every usual name of a head ("classifier", "score") to the config, whichever the model has.
     A name left out hides nothing: tensors of such a module would be refused as unexpected.
     """
-    ends = {".".join(parts[i:]) for n, _ in base.named_modules() for parts in [n.split(".")] for i in range(len(parts))}
-    return tuple(dict.fromkeys(name for name in wanted if name in ends))
+    return tuple(dict.fromkeys(name for name in wanted if modules_meant(base, name)))
 
 
 def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, ...]]:
@@ -138,9 +137,10 @@ def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, 
     for layer in plan.layers:
         for suffix, shape in _layer_tensors(layer, fields).items():
             expected[f"{PREFIX}{layer.name}.{suffix}"] = shape
-    for name, module in _trained_modules(base, plan):
-        for key, tensor in module.state_dict().items():
-            expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
+    for wanted in plan.trained:
+        for name, module in modules_meant(base, wanted).items():
+            for key, tensor in module.state_dict().items():
+                expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
     for name, bias in _trained_biases(base, plan):
         expected[f"{PREFIX}{name}"] = tuple(bias.shape)
     return expected
@@ -157,18 +157,6 @@ def _layer_tensors(layer: PlannedLayer, fields: Mapping[str, Any]) -> dict[str, 
         found["lora_B.bias"] = (out,)
     if fields.get("use_dora"):
         found["lora_magnitude_vector"] = (1, out, *ones) if ones or layer.kind != "linear" else (out,)
-    return found
-
-
-def _trained_modules(base: nn.Module, plan: AttachPlan) -> list[tuple[str, nn.Module]]:
-    """Return the modules to train whole, under their own names, seen through PEFT's wrapper if there is one."""
-    found = []
-    for wanted in plan.trained:
-        for name, module in base.named_modules():
-            if ".modules_to_save." in name or ".original_module" in name:
-                continue
-            if name == wanted or name.endswith("." + wanted):
-                found.append((name, getattr(module, "original_module", module)))
     return found
 
 

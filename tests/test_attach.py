@@ -114,6 +114,28 @@ def test_exclude():
         la.plan(net(), rank=4, exclude="heda")
 
 
+def test_modules_to_save_means_what_it_means_to_peft():
+    """The ends of names, as text; the plan counts them all and a checkpoint brings them all back."""
+    model = llama()
+    adapter = la.attach(model, rank=2, modules_to_save=["norm"])
+    trained = {n.split(".modules_to_save")[0] for n, p in model.named_parameters() if p.requires_grad and "norm" in n}
+    assert trained == {n for n, _ in llama().named_modules() if n.endswith("norm")}
+    assert len(trained) == 5
+    assert adapter.plan.trained_parameters == 5 * 32
+
+
+def test_a_quantized_module_cannot_be_trained_whole():
+    model = llama()
+    la.attach(model, rank=2, quantization="nf4").detach()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(UnsupportedError, match=r"mlp' can't be trained whole: it is quantized.*llm_int8_skip_modules"):
+        la.attach(model, rank=2, modules_to_save=["layers.1.mlp"])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    adapter = la.attach(llama(), rank=2, quantization="nf4", modules_to_save=["layers.1.mlp"])
+    assert "model.layers.1.mlp.up_proj" not in adapter.plan.quantize
+    assert "model.layers.0.mlp.up_proj" in adapter.plan.quantize
+
+
 def test_modules_to_save_bias_and_dropout():
     model = net()
     adapter = la.attach(model, rank=4, targets=["0"], modules_to_save=["head", "norm"], bias="lora_only", dropout=0.25)
