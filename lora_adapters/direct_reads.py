@@ -70,15 +70,24 @@ def _source(method: Any) -> str:
     return re.sub(rf"\b{names[0]}\.", "self.", source) if names else source
 
 
-def have_called(layer: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Make torch.nn.TransformerEncoderLayer call a layer of its feed-forward in evaluation too.
+def keep_called(model: nn.Module) -> None:
+    """Make torch.nn.TransformerEncoderLayer call the layers of its feed-forward in evaluation too.
 
-    Without gradients it hands its layers' weights to one fused kernel, which knows neither adapters nor packed weights.
-    It leaves that alone when one of its modules has a hook, so the layer gets one. `places`: see `sharing.places_of`.
+    Without gradients it hands their weights to one fused kernel, which knows neither adapters nor packed weights. It
+    leaves that alone when one of its modules has a hook, so those layers get one. An encoder of such layers no longer
+    packs padded rows into nested tensors, which only that kernel takes.
     """
-    inside = any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in places)
-    if inside and _nothing not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_nothing)
+    changed: set[int] = set()
+    for block in model.modules():
+        if isinstance(block, nn.TransformerEncoderLayer):
+            for layer in (block.linear1, block.linear2):
+                if type(layer) is not nn.Linear:
+                    changed.add(id(block))
+                    if _nothing not in layer._forward_pre_hooks.values():
+                        layer.register_forward_pre_hook(_nothing)
+    for encoder in model.modules() if changed else ():
+        if isinstance(encoder, nn.TransformerEncoder) and any(id(block) in changed for block in encoder.layers):
+            encoder.use_nested_tensor = False
 
 
 def _nothing(module: nn.Module, inputs: Any) -> None:

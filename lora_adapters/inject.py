@@ -20,7 +20,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, get_pe
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .direct_reads import have_called
+from .direct_reads import keep_called
 from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, VerificationError
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
@@ -95,6 +95,7 @@ def _apply(
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
+        keep_called(model)
         if load is not None:
             load(result)
         verify(model, plan, result, initialise)
@@ -173,13 +174,11 @@ def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel |
     places = places_of(model)
     for planned in plan.layers:
         module = model.get_submodule(planned.name)
-        spots = places[id(module)]
         if isinstance(module, LoraLayer):
             layer = adopt(module)
         else:
             layer = classes[planned.layer].wrap(module)
-            put(spots, layer)
-        have_called(layer, spots)
+            put(places[id(module)], layer)
         base = base_of(layer)
         layer.add_factors(name, _factors(base, planned, plan, initialise))
         if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
@@ -301,10 +300,8 @@ def _inject_through_peft(
     plain = config.init_lora_weights in (True, False, "gaussian")
     for planned, old in zip(plan.layers, before, strict=True):
         layer = model.get_submodule(planned.name)
-        spots = places[id(old)]
         if layer is not old:
-            put(spots, layer)  # PEFT replaces a module in the first place only
-        have_called(layer, spots)
+            put(places[id(old)], layer)  # PEFT replaces a module in the first place only
         if _our_class(type(layer)) is not None:
             layer = adopt(layer)  # type: ignore[arg-type]
         if plain and initialise and isinstance(layer, EngineLayer):

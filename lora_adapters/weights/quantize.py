@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..direct_reads import have_called
+from ..direct_reads import keep_called
 from ..errors import MissingDependencyError, PluginError, PluginWarning, RequestError
 from ..hooks.manager import load_object, plugins, require
 from ..hooks.specs import QuantizerSpec
@@ -167,12 +167,12 @@ def quantize_modules(
         if id(old) not in done:
             new = quantizer.quantize(old, compute_dtype)
             put(places[id(old)], new)
-            have_called(new, places[id(old)])
             done[id(new)] = new
             del new
         del old
         if progress is not None:
             progress(count, len(assignment), name)
+    keep_called(model)
 
 
 def _validate(model: nn.Module, assignment: Mapping[str, Quantizer]) -> None:

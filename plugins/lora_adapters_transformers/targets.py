@@ -61,9 +61,7 @@ ROUTER_NAMES = r"(^|\.)(router|gate|shared_expert_gate|router\.(classifier|layer
 OTHER_PLACES = ("mixer", "indexer", "pooler", "projector", "embeddings", "norm")
 
 MAMBA_REASON = "PEFT refuses it for this model type: fused Mamba kernels read its weight without calling it"
-MHA_REASON = "torch.nn.MultiheadAttention reads its weight without calling it, so an adapter would do nothing"
 PATCHER_REASON = "its result only decides where patches begin, so no gradient would reach an adapter"
-DIRECT_REASON = "{owner} reads its weight without calling it, so an adapter would do nothing"
 
 #: Owner's class -> children whose weight its source reads on a path that no model takes (they are called otherwise).
 CALLED = {
