@@ -61,6 +61,10 @@ def predict_step(
 ) -> StepMemory:
     """Predict the memory of a training step. Nothing is computed, and the model is not changed.
 
+    Within 3 % of CUDA's allocator for steps that compute in 16 bits, with or without CUDA here, and of the CPU's. Worse
+    for one kind: in fp32 without autocast CUDA may compute attention as whole matrices (grouped keys and values),
+    whose temporaries inside one operation are not seen (up to 15 % low), and without CUDA here not at all (a third).
+
     Args:
         model: the model as it will be trained, on any device, "meta" included.
         inputs: keyword arguments of the forward. Real tensors are better than meta tensors: a model that looks at its
@@ -71,8 +75,7 @@ def predict_step(
             torch.optim optimizer, or None for a step without an optimizer.
         autocast: dtype of torch.autocast around the forward, as Trainer's bf16=True sets; None for none.
         device: device the step will run on; the model's own by default, "cpu" for a meta model. "cuda" without CUDA
-            takes the CPU's kernels for CUDA's, which choose among others by what they are given: the same within a
-            tenth where attention needs no mask, and dropout's masks are counted as CUDA keeps them.
+            takes the CPU's kernels for CUDA's and counts dropout's masks as CUDA keeps them.
         loss: function from the forward's output to a scalar; by default the output's `.loss`, else the sum of its
             first floating tensor.
 

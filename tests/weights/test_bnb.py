@@ -50,7 +50,9 @@ def test_4bit_reads_what_bitsandbytes_reads(quantizer, shape, dtype):
     assert store.format == quantizer.name
     assert store.shape == dense.weight.shape
     assert store.nbytes == quantizer.nbytes(store.shape)
-    assert torch.equal(store.read(), unpacked(module, dtype))
+    # bitsandbytes' kernel for fp16 rounds values that lie half-way differently on some CPUs.
+    ulp = torch.finfo(dtype).eps if dtype == torch.float16 else 0
+    torch.testing.assert_close(store.read(), unpacked(module, dtype), rtol=ulp, atol=0)
     # On CPUs with AVX512 bitsandbytes' own dequantization is right only for rows of whole blocks.
     if shape[0] % quantizer.blocksize == 0 or torch.backends.cpu.get_cpu_capability() != "AVX512":
         with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles a kernel for every odd width
