@@ -70,6 +70,11 @@ def _source(method: Any) -> str:
     return re.sub(rf"\b{names[0]}\.", "self.", source) if names else source
 
 
+def has_fused_layers(model: nn.Module) -> bool:
+    """Return True if the model has layers that `keep_called` may have to look after."""
+    return any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
+
+
 def keep_called(model: nn.Module) -> None:
     """Make torch.nn.TransformerEncoderLayer call the layers of its feed-forward in evaluation too.
 

@@ -20,7 +20,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, get_pe
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .direct_reads import keep_called
+from .direct_reads import has_fused_layers, keep_called
 from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, VerificationError
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
@@ -88,6 +88,7 @@ def _apply(
 ) -> tuple[PeftModel, Changes]:
     snapshot = Snapshot(model, _values_at_risk(model, plan))
     initialise = load is None
+    fused = has_fused_layers(model)
     try:
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is None:
             warn("This version of peft lacks DUMMY_TARGET_MODULES, so PEFT's own injection builds the layers.")
@@ -95,7 +96,8 @@ def _apply(
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
-        keep_called(model)
+        if fused:
+            keep_called(model)
         if load is not None:
             load(result)
         verify(model, plan, result, initialise)

@@ -278,7 +278,7 @@ def _trained_names(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]
 
 def _refuse_shared(trained: tuple[str, ...], model: nn.Module) -> None:
     """Raise if a module to train whole is registered more than once: PEFT would train a copy in the first place only."""
-    places = places_of(model)
+    places = places_of(model) if trained else {}
     for name in trained:
         count = len(places.get(id(model.get_submodule(name)), ()))
         if count > 1:
@@ -304,7 +304,7 @@ class _Shared:
 
     def notes(self, model: nn.Module, layers: list[PlannedLayer], request: AttachRequest) -> Iterator[str]:
         """Yield what follows from it for these layers."""
-        if twice := held_twice(model, [layer.name for layer in layers]):
+        if self.other_names and (twice := held_twice(model, [layer.name for layer in layers])):
             yield (
                 f"{twice[0]!r} is one module in several places ({len(twice)} such layers): one adapter serves all of "
                 "them. Stock PEFT adapts it in the first place only, so restore what you save with lora_adapters."

@@ -39,9 +39,10 @@ def held_twice(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def other_names(model: nn.Module) -> dict[str, str]:
     """Return every further name of a module -> its first name, the one that `named_modules` gives."""
-    first = {id(module): name for name, module in model.named_modules()}
-    if len(first) == 1 + sum(len(module._modules) for module in model.modules()):
+    modules = list(model.modules())
+    if len(modules) == 1 + sum(len(module._modules) for module in modules):
         return {}
+    first = {id(module): name for name, module in model.named_modules()}
     every = model.named_modules(remove_duplicate=False)
     return {name: first[id(module)] for name, module in every if name != first[id(module)]}
 
