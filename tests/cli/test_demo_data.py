@@ -84,7 +84,7 @@ def page(number):
 
     parts = [words("Summary")]
     for heading in LABELS[1:]:
-        entry = {"Notes": words(heading), "Examples": words(heading), "References": f".. [1] {words(heading)}"}
+        entry = {"Notes": words(heading), "References": f".. [1] {words(heading)}"}
         body = entry.get(heading, f"name :\n    {words(heading)}")
         parts.append(f"{heading}\n{'-' * len(heading)}\n{body}")
     docstring = textwrap.indent("\n\n".join(parts), "    ")
@@ -163,14 +163,18 @@ def test_a_docstring_is_cut_into_its_sections():
 
         Returns
         -------
+        ignored : its entries read like those of the parameters
+
+        See Also
+        --------
         out : the array of results, one for each row
 
         more : an entry of many words that holds a directive
 
             .. versionadded:: 1.0
 
-        Examples
-        --------
+        Notes
+        -----
         >>> this is a doctest and not at all prose
 
         The second example has one more word than that.
@@ -180,13 +184,15 @@ def test_a_docstring_is_cut_into_its_sections():
         .. [1] A. Author, a title of a paper, in a journal.
         """
     ).strip()
-    assert list(section_passages(docstring, 8)) == [
+    passages = [
         ("Summary", "Compute something of pkg.Thing, quickly, with care."),
         ("Parameters", "alpha : float How strong the first of"),
-        ("Returns", "out : the array of results, one for"),
-        ("Examples", "The second example has one more word than"),
+        ("See Also", "out : the array of results, one for"),
+        ("Notes", "The second example has one more word than"),
         ("References", "A. Author, a title of a paper, in"),
     ]
+    # Which of these sections are classes is the task's choice.
+    assert list(section_passages(docstring, 8)) == [passage for passage in passages if passage[0] in LABELS]
 
 
 # ---- English and Python ---------------------------------------------------------------------------------------------
