@@ -69,3 +69,22 @@ def test_state_dict_keys_are_pefts():
     get_peft_model(theirs, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
     assert set(ours.state_dict()) == set(theirs.state_dict())
     assert state(ours)["flags"] == state(theirs)["flags"]
+
+
+def test_transformers_says_which_weights_are_tied():
+    model = llama(tie_word_embeddings=True)
+    ties = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert model.get_expanded_tied_weights_keys(all_submodels=False) == model.all_tied_weights_keys == ties
+    model._tied_weights_keys = {}
+    model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.tie_weights()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_without_the_names_of_ties_merging_says_so(monkeypatch):
+    from lora_adapters_transformers import tying
+
+    monkeypatch.setattr(tying, "_NAMES", ("no_such_name",))
+    adapter = la.attach(llama(tie_word_embeddings=True), rank=2, targets=["lm_head"])
+    with pytest.warns(la.errors.LoraAdaptersWarning, match="lacks no_such_name.*may tie them again"):
+        adapter.merge(unload=True)

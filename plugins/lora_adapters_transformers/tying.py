@@ -6,10 +6,16 @@ was merged into it would be gone. (Loading leaves weights alone that the file ho
 
 from __future__ import annotations
 
+import warnings
 from operator import attrgetter
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lora_adapters.errors import LoraAdaptersWarning
+
+#: Names of transformers that are no public interface: tests/test_canaries.py looks after them.
+_NAMES = ("get_expanded_tied_weights_keys", "all_tied_weights_keys", "_tied_weights_keys")
 
 
 def forget_broken_ties(model: nn.Module) -> None:
@@ -19,6 +25,14 @@ def forget_broken_ties(model: nn.Module) -> None:
     when they compute, and a file drops one end of each tie that holds.
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if missing := [name for name in _NAMES for part in parts if not hasattr(part, name)]:
+        warnings.warn(
+            f"This version of transformers lacks {missing[0]}. If the merged layers share weights with others (an output "
+            "layer with the embedding), saving or resizing the model may tie them again: check its output afterwards.",
+            LoraAdaptersWarning,
+            stacklevel=2,
+        )
+        return
     changed, tied = set(), set()
     for part in parts:
         ties = part.get_expanded_tied_weights_keys(all_submodels=False)
