@@ -13,9 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 from . import inject, merge
+from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
-from .planning import AttachPlan
 from .saving import save_adapter
 
 if TYPE_CHECKING:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import inject
 from .adapter import Adapter, peft_model_of
+from .attach_plan import AttachPlan
+from .backends import unwrap
 from .errors import LoraAdaptersError, RequestError
 from .hooks.manager import load_object, plugins, require
-from .planning import AttachPlan, make_plan, unwrap
+from .planning import make_plan
 from .request import _UNSET, AttachRequest
 from .saving import restore_adapter
 

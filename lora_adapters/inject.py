@@ -20,13 +20,14 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, get_pe
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from .attach_plan import AttachPlan, PlannedLayer
+from .backends import base_of, foreign_tuner
 from .direct_reads import has_fused_layers, keep_called
 from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, VerificationError
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
 from .naming import patterns_for, target_modules_for
-from .planning import AttachPlan, PlannedLayer, base_of, foreign_tuner
 from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
 from .weights import guard_cpu_repacking, mark_quantized, quantize_modules

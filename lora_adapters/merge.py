@@ -10,8 +10,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from .backends import backend_for
 from .errors import MergeError
-from .planning import backend_for
 from .sharing import places_of, put
 
 

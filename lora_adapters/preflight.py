@@ -231,7 +231,7 @@ def check_load(
         quantizers: dict[str, QuantizedBytes] = {}
         for kind in sorted(_WHILE_READING):
             with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
-                from .planning import quantized_layers
+                from .quantized import quantized_layers
 
                 quantizers[kind] = _quantized_by(quantized_layers(skeleton, kind))
         check_fits(need, load_choices(tensors, device=device, quantizers=quantizers, dtype=dtype), free=free)

@@ -13,13 +13,16 @@ from torch import nn
 
 from . import inject
 from .adapter_file import PREFIX, AdapterFile, check_copies, check_tensors, inspect_adapter, read_adapter
+from .attach_plan import AttachPlan, PlannedLayer
+from .backends import base_of
 from .checkpoint import resolve_adapter_path, write_adapter
 from .errors import CheckpointError, UnsupportedError
-from .planning import AttachPlan, PlannedLayer, base_of, make_plan, modules_meant
+from .planning import make_plan
 from .request import AttachRequest
 from .sharing import held_twice
 from .snapshot import Changes
 from .targets import candidates
+from .trained import modules_meant
 from .weights import store_for
 
 #: Config fields that say what the layers compute; the others say how the adapter came to be.

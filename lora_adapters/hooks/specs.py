@@ -23,7 +23,8 @@ from . import hookspec
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-    from ..planning import AttachPlan, AttachRequest
+    from ..attach_plan import AttachPlan
+    from ..request import AttachRequest
     from ..targets import ModelInfo
 
 #: The roles a module can have. "qkv" is one projection that holds q, k and v; "kv" one that holds k and v;

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..planning import AttachPlan, PlannedLayer
+    from ..attach_plan import AttachPlan, PlannedLayer
 
 
 def size(count: float) -> str:

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..api import attach, plan, restore
+from ..backends import backend_for
 from ..hooks.manager import plugins
 from ..hooks.specs import ROLES
-from ..planning import backend_for, make_plan
+from ..planning import make_plan
 from ..request import AttachRequest
 from ..targets import Backend, Classification, ModelInfo, candidates, expand
 from ..weights import layer_kind

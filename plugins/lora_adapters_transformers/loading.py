@@ -15,8 +15,9 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTr
 from lora_adapters.errors import LoraAdaptersError, RequestError
 from lora_adapters.hooks.manager import require
 from lora_adapters.inject import quantize
-from lora_adapters.planning import make_plan, quantized_layers
+from lora_adapters.planning import make_plan
 from lora_adapters.preflight import check_load
+from lora_adapters.quantized import quantized_layers
 from lora_adapters.request import AttachRequest
 from lora_adapters.weights import guard_cpu_repacking
 

@@ -1,0 +1,100 @@
+"""Which base modules are quantized, and by which quantizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .backends import backend_for, base_of, classify, unwrap
+from .errors import RequestError, UnsupportedError
+from .hooks.manager import plugins
+from .request import AttachRequest
+from .sharing import tied_names
+from .targets import Backend, Classification, ModelInfo, candidates, expand
+from .trained import inside, trained_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .weights import Quantizer
+
+#: Roles that `quantization="nf4"` covers when nothing finer is asked: heads, embeddings and routers stay dense.
+QUANTIZED_ROLES = ("q", "k", "v", "o", "qkv", "kv", "mlp", "other")
+
+
+def assign_quantizers(
+    info: ModelInfo,
+    classes: Classification,
+    request: AttachRequest,
+    trained: tuple[str, ...],
+    backend: Backend,
+    tied: Mapping[str, str],
+) -> tuple[dict[str, str], dict[str, Quantizer]]:
+    """Return module name -> role and module name -> Quantizer of every base module to quantize."""
+    wanted = request.quantization
+    if wanted is None:
+        return {}, {}
+    from .weights import quantized_format
+
+    existing = quantized_format(info.model)
+    specs = plugins().quantizers()
+    by_role = _roles_to_quantize(wanted, getattr(backend, "quantized_roles", QUANTIZED_ROLES), specs)
+    if existing:
+        if all(q.name == existing for q in by_role.values()):
+            return {}, {}
+        raise RequestError(
+            f"The model is already quantized to {existing}, and quantization={wanted!r} asks for another format. "
+            "Leave quantization out to keep it, or load the model again."
+        )
+    dense = getattr(backend, "dense_modules", lambda model: ())(info.model)
+    roles, quantizers = {}, {}
+    for name, module in info.modules.items():
+        role = classes.roles.get(name, "other")
+        quantizer = by_role.get(role)
+        if quantizer is None or inside(name, trained) or name in tied or quantizer.supports(base_of(module)):
+            continue
+        if any(_stays_dense(name, pattern) for pattern in (*dense, *getattr(quantizer, "skip", ()))):
+            continue
+        if base_of(module) is not module:
+            raise RequestError(
+                f"{name!r} already carries an adapter, so its base can't be quantized any more: quantize first."
+            )
+        roles[name], quantizers[name] = role, quantizer
+    if not roles:
+        raise UnsupportedError(f"quantization={wanted!r} can store none of this model's layers.")
+    return roles, quantizers
+
+
+def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
+    """Return module name -> format of what `attach(model, quantization=...)` would quantize, on any device."""
+    base = unwrap(model)
+    backend, _ = backend_for(base)
+    info = ModelInfo(backend.name, backend.family(base), candidates(base), base)
+    request = AttachRequest.make(quantization=quantization)
+    trained = trained_names(base, backend.heads_to_train(base))
+    classes = classify(backend, info, request)
+    _, quantizers = assign_quantizers(info, classes, request, trained, backend, tied_names(base))
+    return {name: quantizer.name for name, quantizer in quantizers.items()}
+
+
+def _roles_to_quantize(wanted: Any, default_roles: tuple[str, ...], specs: Mapping[str, Any]) -> dict[str, Quantizer]:
+    from .weights import quantizer_for
+
+    if not isinstance(wanted, Mapping):
+        quantizer = quantizer_for(wanted, specs)
+        return dict.fromkeys(default_roles, quantizer)
+    by_role: dict[str, Quantizer] = {}
+    for expression, fmt in wanted.items():
+        for word in str(expression).split("+"):
+            roles = expand(word.strip())
+            if roles is None:
+                raise RequestError(f"quantization: {word!r} is no role; give roles such as 'attention' or 'mlp'.")
+            if fmt is not None:
+                by_role |= dict.fromkeys(roles, quantizer_for(fmt, specs))
+    return by_role
+
+
+def _stays_dense(name: str, pattern: str) -> bool:
+    """Match a name as transformers matches llm_int8_skip_modules: a prefix, a regular expression or a suffix."""
+    return name.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) is not None
