@@ -82,8 +82,7 @@ def _roles_to_quantize(wanted: Any, default_roles: tuple[str, ...], specs: Mappi
     from .weights import quantizer_for
 
     if not isinstance(wanted, Mapping):
-        quantizer = quantizer_for(wanted, specs)
-        return dict.fromkeys(default_roles, quantizer)
+        return dict.fromkeys(default_roles, _registered(quantizer_for(wanted, specs), specs))
     by_role: dict[str, Quantizer] = {}
     for expression, fmt in wanted.items():
         for word in str(expression).split("+"):
@@ -91,8 +90,21 @@ def _roles_to_quantize(wanted: Any, default_roles: tuple[str, ...], specs: Mappi
             if roles is None:
                 raise RequestError(f"quantization: {word!r} is no role; give roles such as 'attention' or 'mlp'.")
             if fmt is not None:
-                by_role |= dict.fromkeys(roles, quantizer_for(fmt, specs))
+                by_role |= dict.fromkeys(roles, _registered(quantizer_for(fmt, specs), specs))
     return by_role
+
+
+def _registered(quantizer: Quantizer, specs: Mapping[str, Any]) -> Quantizer:
+    """Return a quantizer whose layers `store_for` will know later, when they are merged or restored."""
+    cls = type(quantizer)
+    if cls.__module__.startswith("lora_adapters.") or f"{cls.__module__}:{cls.__qualname__}" in {
+        spec.target for spec in specs.values()
+    }:
+        return quantizer
+    raise RequestError(
+        f"Quantizer {cls.__name__} is of no active plugin, so nothing could read the layers it makes, to merge them or "
+        "to restore an adapter on them. Offer it through the hook lora_adapters_quantizers (docs/plugins.md)."
+    )
 
 
 def _stays_dense(name: str, pattern: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_adapters_example import models
+from lora_adapters_example import int4, models
 
 from lora_adapters import api, hookimpl
 from lora_adapters.errors import MissingDependencyError, RequestError
@@ -50,6 +50,18 @@ def test_its_backend_quantizer_and_layer_serve_attach():
     assert set(adapter.plan.quantize) == {"patches", *adapter.layers}
     assert type(model.classifier) is torch.nn.Linear
     assert {store_for(layer.get_base_layer()).format for layer in adapter.layers.values()} == {"int4-rows"}
+
+
+def test_a_quantizer_of_no_active_plugin_is_refused(monkeypatch):
+    """Its layers could be made, and then neither merged nor restored to."""
+    model = models.Mixer()
+    assert set(api.plan(model, rank=4, quantization=int4.Int4Rows()).quantize.values()) == {"int4-rows"}
+    monkeypatch.setenv("LORA_ADAPTERS_DISABLE", "example")
+    plugins.cache_clear()
+    for quantization in (int4.Int4Rows(), {"other": int4.Int4Rows()}):
+        with pytest.raises(RequestError, match="Int4Rows is of no active plugin.*lora_adapters_quantizers"):
+            api.attach(model, rank=4, targets="all-linear", quantization=quantization)
+    assert not [m for m in model.modules() if isinstance(m, int4.Int4Linear)]
 
 
 def test_a_base_it_quantized_is_not_quantized_again():
