@@ -59,7 +59,7 @@ def test_a_quantizer_of_no_active_plugin_is_refused(monkeypatch):
     monkeypatch.setenv("LORA_ADAPTERS_DISABLE", "example")
     plugins.cache_clear()
     for quantization in (int4.Int4Rows(), {"other": int4.Int4Rows()}):
-        with pytest.raises(RequestError, match="Int4Rows is of no active plugin.*lora_adapters_quantizers"):
+        with pytest.raises(RequestError, match=r"Int4Rows is of no active plugin.*lora_adapters_quantizers"):
             api.attach(model, rank=4, targets="all-linear", quantization=quantization)
     assert not [m for m in model.modules() if isinstance(m, int4.Int4Linear)]
 
