@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -48,6 +49,8 @@ def command(seed: int, quiet: bool) -> None:
     lines = _Lines(quiet)
     lines.say("loading PyTorch, transformers and PEFT")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # A faster kernel from the Hub that is not installed: nothing to do about it here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from . import demo_text
 
     with tempfile.TemporaryDirectory() as folder:

@@ -22,20 +22,18 @@ from ..errors import MissingDependencyError, UnsupportedError
 
 #: Packages whose docstrings follow the numpydoc standard, which names the sections of a reference page.
 NUMPYDOC_PACKAGES = ("numpy", "scipy", "sklearn")
-#: Section headings -> class. "Summary" is the text before the first heading.
+#: Section headings -> class. "Summary" is the text before the first heading. Left out: Returns, whose entries read
+#: like parameters, and Examples, whose prose reads like notes.
 SECTIONS = {
     "Parameters": "Parameters",
-    "Returns": "Returns",
-    "Yields": "Returns",
     "Notes": "Notes",
-    "Examples": "Examples",
     "See Also": "See Also",
     "See also": "See Also",
     "References": "References",
 }
-LABELS = ("Summary", "Parameters", "Returns", "Notes", "Examples", "See Also", "References")
+LABELS = ("Summary", "Parameters", "Notes", "See Also", "References")
 #: Sections that are lists of entries: an unindented line and the indented lines under it.
-_LISTS = frozenset({"Parameters", "Returns", "See Also", "References"})
+_LISTS = frozenset({"Parameters", "See Also", "References"})
 _HEADING = re.compile(r"^([A-Z][\w ]+)\n-{3,}[ \t]*$", re.MULTILINE)
 _NO_PROSE = (">>>", "math:", "---", "===", "::")
 #: Folders of tests, of vendored code, and of modules that some Linux distributions leave out of Python.
@@ -99,7 +97,7 @@ def section_data(train_per_class: int, test_per_class: int, max_words: int = 24)
     """Which section of a reference page does this passage come from?
 
     Source: the docstrings of numpy, scipy and scikit-learn. A passage is the first `max_words` words of a summary, of
-    a list entry (a parameter, a result, a reference, ...) or of a paragraph of notes or examples; doctests, tables
+    a list entry (a parameter, a reference, ...) or of a paragraph of notes; doctests, tables
     and formulas are left out. Passages shorter than 5 words are dropped, copies too. At most 8 passages of one class
     come from one file, so that no long file stands for its class.
 
