@@ -250,7 +250,7 @@ def _stock_peft(labels: int, adapter: Path) -> nn.Module:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=list(HEAD),
+        llm_int8_skip_modules=["bert.pooler", "classifier"],
     )
     # Another seed on purpose: a head that did not come from the file would show.
     base = _encoder(labels, seed=12345, quantization_config=nf4)
