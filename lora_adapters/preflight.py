@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MARGIN = 0.10
 
 #: Host bytes that libraries allocate once on their first load, whatever the model.
-LIBRARY_BYTES = 16 << 20
+LIBRARY_BYTES = 24 << 20
 
 #: transformers reads this many tensors at a time, fewer where there are fewer cores.
 _READERS = 4

@@ -95,9 +95,10 @@ class LanguageModelSettings:
     layers: int = 4
     context: int = 128
     batch_size: int = 16
-    prose_characters: int = 550_000
-    code_characters: int = 180_000
+    prose_characters: int = 600_000
+    code_characters: int = 300_000
     test_characters: int = 40_000
+    pretrain_epochs: int = 3
     pretrain_learning_rate: float = 3e-3
     rank: int = 16
     learning_rate: float = 1e-2
@@ -375,11 +376,13 @@ def run_language_model(
             prose, code = (_blocks(corpus, encode, settings.context) for corpus in (data.prose, data.code))
         model = _small_llama(settings)
         with clock.stage("Pretraining on English"):
-            _fit_language(model, prose[0], settings, settings.pretrain_learning_rate, folder, clock)
+            _fit_language(
+                model, prose[0], settings, settings.pretrain_learning_rate, settings.pretrain_epochs, folder, clock
+            )
         prose_perplexity, before = perplexity(model, prose[1]), perplexity(model, code[1])
         adapter = lora_adapters.attach(model, rank=settings.rank, targets="all-linear", seed=settings.seed)
         with clock.stage("Adapting to Python with LoRA"):
-            _fit_language(adapter.model, code[0], settings, settings.learning_rate, folder, clock)
+            _fit_language(adapter.model, code[0], settings, settings.learning_rate, 1, folder, clock)
         after = perplexity(model, code[1])
         adapter.save(folder / "adapter")
         parameters = adapter.plan.total_parameters
@@ -438,12 +441,14 @@ def _small_llama(settings: LanguageModelSettings) -> Any:
     )
 
 
-def _fit_language(model, blocks, settings: LanguageModelSettings, rate: float, folder: Path, clock: _Clock) -> None:
+def _fit_language(
+    model, blocks, settings: LanguageModelSettings, rate: float, epochs: int, folder: Path, clock: _Clock
+) -> None:
     def stack(batch: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         ids = torch.stack(list(batch))
         return {"input_ids": ids, "labels": ids}
 
-    options = {"learning_rate": rate, "num_train_epochs": 1, "weight_decay": 0.1}
+    options = {"learning_rate": rate, "num_train_epochs": epochs, "weight_decay": 0.1}
     _train(model, blocks, stack, folder, clock, settings.batch_size, settings.seed, **options)
 
 
