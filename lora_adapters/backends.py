@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,9 +30,10 @@ def base_of(module: nn.Module) -> nn.Module:
     return get_base() if callable(get_base) else module  # type: ignore[return-value]
 
 
-def foreign_tuner(module: nn.Module) -> str:
-    """Return the name of a PEFT method other than LoRA that a module carries, else ""."""
-    for cls in type(module).__mro__:
+@functools.cache
+def foreign_tuner(module_class: type) -> str:
+    """Return the name of the PEFT method other than LoRA whose layers are of this class, else ""."""
+    for cls in module_class.__mro__:
         if cls.__module__.startswith("peft.tuners.") and cls.__name__.endswith("Layer"):
             method = cls.__module__.split(".")[2]
             if method not in ("lora", "tuners_utils"):

@@ -140,7 +140,7 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_foreign(model: nn.Module) -> None:
-    methods = {method for module in model.modules() if (method := foreign_tuner(module))}
+    methods = {method for cls in {type(module) for module in model.modules()} if (method := foreign_tuner(cls))}
     if methods:
         raise UnsupportedError(
             f"The model carries {', '.join(sorted(methods))} adapters. PEFT freezes and saves one tuner's layers at a "
@@ -380,12 +380,14 @@ def verify(model: nn.Module, plan: AttachPlan, peft_model: PeftModel, initialise
     name = plan.request.adapter_name
     layers: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     lacking = [n for n, layer in layers.items() if not isinstance(layer, LoraLayer) or name not in _names(layer)]
-    carrying = {id(m) for m in model.modules() if isinstance(m, LoraLayer) and name in _names(m)}
+    modules = list(model.modules())
+    carrying = {id(m) for m in modules if isinstance(m, LoraLayer) and name in _names(m)}
     if lacking or carrying != {id(layer) for layer in layers.values()}:
         what = f"{lacking[0]!r} was not adapted" if lacking else f"{len(carrying)} layers carry it, not {len(layers)}"
         raise VerificationError(f"The model is not as planned: {what}.")
     if plan.engine == "direct" and not plan.request.peft_fields.get("inference_mode"):
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+        trainable = sum(p.numel() for p in parameters.values())
         if trainable != plan.trainable_parameters:
             raise VerificationError(f"{trainable:,} values are trainable, planned were {plan.trainable_parameters:,}.")
     plain = plan.request.peft_fields.get("init_lora_weights", True) in (True, "gaussian")

@@ -166,7 +166,7 @@ def _plan_layer(
     if name in tied and (init := _changes_base(request)):
         return refuse(f"{tied[name]}, which init_lora_weights={init!r} would change for both")
     base = base_of(module)
-    foreign = foreign_tuner(module)
+    foreign = foreign_tuner(type(module))
     if foreign:
         return refuse(f"it already carries a {foreign} adapter; LoRA on top of it is not supported")
     store = store_for(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -18,7 +19,12 @@ from .store import WeightStore
 
 def _is_bnb(module: nn.Module, name: str) -> bool:
     """True if the module is a bitsandbytes class of this name or a subclass; imports nothing."""
-    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__)
+    return _is_bnb_class(type(module), name)
+
+
+@functools.cache
+def _is_bnb_class(module_class: type, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes") for c in module_class.__mro__)
 
 
 def _dense_linear(module: Any, weight: torch.Tensor) -> nn.Linear:
