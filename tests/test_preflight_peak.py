@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_adapters.preflight import check_load
+from lora_adapters.preflight import LIBRARY_BYTES, check_load
 from lora_adapters.quantized import quantized_layers
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc/self/status (Linux)")
@@ -96,4 +96,5 @@ def test_peak_host_memory_is_as_predicted(folders, layout, dtype, quantization):
         free=lambda _: 1 << 40,
     )
     measured = measure(folder, dtype, quantization)
-    assert measured <= need.host_peak <= 1.25 * measured, (measured, need)
+    # The model is small: what libraries take at most counts against the 10 % beside it.
+    assert measured <= need.host_peak <= 1.1 * measured + LIBRARY_BYTES, (measured, need)
