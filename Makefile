@@ -34,6 +34,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/attach.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/accuracy.py
 
 # The oldest supported versions (see tests/oldest.txt).
 test-oldest: .venv-oldest/.done

@@ -197,6 +197,8 @@ def _wrap(model: nn.Module, config: LoraConfig, plan: AttachPlan) -> PeftModel:
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(plan.task_type or "", PeftModel)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*second time.*")
+        # PEFT asks transformers by an old name; there is nothing the user could do about it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return cls(model, config, adapter_name=plan.request.adapter_name, autocast_adapter_dtype=False)
 
 
