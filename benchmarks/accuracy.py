@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from statistics import mean
 
-from lora_adapters.cli.demo_text import ClassificationSettings, run_classification
+from lora_adapters.cli.demo_classification import ClassificationSettings, run_classification
 
 
 def main(seeds: int = 3) -> None:

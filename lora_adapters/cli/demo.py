@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from .demo_text import ClassificationResult, LanguageModelResult
+    from .demo_classification import ClassificationResult
+    from .demo_language import LanguageModelResult
 
 MIB = 2**20
 
@@ -51,15 +52,15 @@ def command(seed: int, quiet: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # A faster kernel from the Hub that is not installed: nothing to do about it here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from . import demo_text
+    from . import demo_classification, demo_language
 
     with tempfile.TemporaryDirectory() as folder:
         lines.say("1. all-MiniLM-L6-v2 in NF4: which section of a reference page is this passage from?")
-        settings = demo_text.ClassificationSettings(seed=seed)
-        _classification_table(demo_text.run_classification(Path(folder), settings, lines))
+        settings = demo_classification.ClassificationSettings(seed=seed)
+        _classification_table(demo_classification.run_classification(Path(folder), settings, lines))
         lines.say("2. a small language model, pretrained here on English, learns Python code")
-        language = demo_text.LanguageModelSettings(seed=seed)
-        _language_table(demo_text.run_language_model(Path(folder), language, lines))
+        language = demo_language.LanguageModelSettings(seed=seed)
+        _language_table(demo_language.run_language_model(Path(folder), language, lines))
     lines.say("done")
 
 

@@ -308,7 +308,7 @@ class Bigram(nn.Module):
 
 
 def test_perplexity_of_known_probabilities():
-    from lora_adapters.cli.demo_text import perplexity
+    from lora_adapters.cli.demo_language import perplexity
 
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]])
     model = Bigram(probabilities.log())
@@ -320,7 +320,7 @@ def test_perplexity_of_known_probabilities():
 
 
 def test_perplexity_is_that_of_transformers_own_loss():
-    from lora_adapters.cli.demo_text import perplexity
+    from lora_adapters.cli.demo_language import perplexity
 
     model = llama(attention_dropout=0.5)
     blocks = list(torch.randint(3, 30, (19, 12), generator=torch.Generator().manual_seed(0)))  # more than one batch
@@ -332,7 +332,7 @@ def test_perplexity_is_that_of_transformers_own_loss():
 
 
 def test_sizes_of_an_nf4_base():
-    from lora_adapters.cli.demo_text import base_sizes
+    from lora_adapters.cli.demo_classification import base_sizes
     from lora_adapters.weights import Nf4, quantize_modules
 
     model = nn.ModuleDict({"words": nn.Embedding(10, 64), "up": nn.Linear(64, 256), "norm": nn.LayerNorm(256)})
@@ -351,7 +351,7 @@ def test_sizes_of_an_nf4_base():
 
 
 def test_text_is_cut_into_blocks_of_tokens():
-    from lora_adapters.cli.demo_text import _blocks
+    from lora_adapters.cli.demo_language import _blocks
 
     corpus = demo_data.TextCorpus(train=("abc", "de"), test=("f",))
     train, test = _blocks(corpus, lambda text: [*map(ord, text), 0], context=3)

@@ -1,14 +1,8 @@
-"""The demo's text parts: a text classifier on an NF4 base, and a small language model that learns another kind of text.
-
-Both train with transformers' Trainer on the CPU, take their data from `demo_data`, and return what they measured.
-"""
+"""The demo's first part: a text classifier on an NF4 base, beside full fine-tuning. Its data is in `demo_data`."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import MissingDependencyError
-from .demo_data import ClassificationData, TextCorpus, TextExample, language_data, section_data
+from .demo_data import ClassificationData, TextExample, section_data
+from .demo_training import Clock, Progress, no_progress, quiet_transformers, run_trainer
 
 #: The classification head: a layer on the first token, which this encoder has but was not trained with (its authors
 #: averaged all tokens), and a new one. LoRA trains both whole, beside adapters everywhere else.
 HEAD = ("pooler", "classifier")
-
-#: Called with (stage, steps done, steps in all) as the work goes on.
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,48 +74,6 @@ class ClassificationResult:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class LanguageModelSettings:
-    """Size of the language model, what it learns from, and how."""
-
-    vocabulary: int = 1024
-    hidden: int = 128
-    layers: int = 4
-    context: int = 128
-    batch_size: int = 16
-    prose_characters: int = 600_000
-    code_characters: int = 300_000
-    test_characters: int = 40_000
-    pretrain_epochs: int = 3
-    pretrain_learning_rate: float = 3e-3
-    rank: int = 16
-    learning_rate: float = 1e-2
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class LanguageModelResult:
-    """Measured numbers of the language model part. Perplexities are per token of the model's tokenizer.
-
-    Attributes:
-        parameters: values of the pretrained model.
-        prose_perplexity: of the pretrained model on held-out prose, the kind of text it was pretrained on.
-        before_perplexity: of the pretrained model on held-out code.
-        after_perplexity: of the adapted model on the same code.
-        merged_perplexity: of the plain model that merging leaves, on the same code.
-        trainable_share: values that the LoRA run trained, as a share of all values.
-        seconds: stage -> seconds.
-    """
-
-    parameters: int
-    prose_perplexity: float
-    before_perplexity: float
-    after_perplexity: float
-    merged_perplexity: float
-    trainable_share: float
-    seconds: dict[str, float]
-
-
 def encoder_folder() -> Path:
     """Return the folder of the pretrained encoder all-MiniLM-L6-v2 (MIT, 22.7M parameters), from an installed package.
 
@@ -144,9 +90,6 @@ def encoder_folder() -> Path:
     return Path(get_model_path())
 
 
-# ---- classification --------------------------------------------------------------------------------------------------
-
-
 def run_classification(
     folder: Path, settings: ClassificationSettings | None = None, progress: Progress = no_progress
 ) -> ClassificationResult:
@@ -158,11 +101,11 @@ def run_classification(
         progress: told how far each stage is.
     """
     settings = settings or ClassificationSettings()
-    clock = _Clock(progress)
-    with _quiet_transformers(), clock.stage("Reading docstrings"):
+    clock = Clock(progress)
+    with quiet_transformers(), clock.stage("Reading docstrings"):
         data = section_data(settings.train_per_class, settings.test_per_class, settings.max_words)
         inputs = _tokenize(data, settings.max_tokens)
-    with _quiet_transformers():
+    with quiet_transformers():
         with clock.stage("Frozen encoder"):
             before = centroid_accuracy(data, inputs)
         lora = _train_lora(data, inputs, settings, folder, clock)
@@ -191,7 +134,7 @@ class _LoraRun:
     sizes: dict[str, Any]
 
 
-def _train_lora(data, inputs, settings: ClassificationSettings, folder: Path, clock: _Clock) -> _LoraRun:
+def _train_lora(data, inputs, settings: ClassificationSettings, folder: Path, clock: Clock) -> _LoraRun:
     import lora_adapters
 
     torch.manual_seed(settings.seed)  # the new head's values
@@ -223,7 +166,7 @@ def _train_lora(data, inputs, settings: ClassificationSettings, folder: Path, cl
     return _LoraRun(logits, sizes)
 
 
-def _train_full(data, inputs, settings: ClassificationSettings, folder: Path, clock: _Clock) -> torch.Tensor:
+def _train_full(data, inputs, settings: ClassificationSettings, folder: Path, clock: Clock) -> torch.Tensor:
     model = _encoder(len(data.labels), settings.seed)
     with clock.stage("Training every weight in fp32"):
         _fit(model, inputs[0], settings, settings.full_learning_rate, folder, clock)
@@ -347,194 +290,6 @@ def _accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return (scores.argmax(1) == labels).float().mean().item()
 
 
-def _fit(model, features, settings: ClassificationSettings, rate: float, folder: Path, clock: _Clock) -> None:
+def _fit(model, features, settings: ClassificationSettings, rate: float, folder: Path, clock: Clock) -> None:
     options = {"learning_rate": rate, "num_train_epochs": settings.epochs, "weight_decay": 0.01}
-    _train(model, features, _pad, folder, clock, settings.batch_size, settings.seed, **options)
-
-
-# ---- language model --------------------------------------------------------------------------------------------------
-
-
-def run_language_model(
-    folder: Path, settings: LanguageModelSettings | None = None, progress: Progress = no_progress
-) -> LanguageModelResult:
-    """Pretrain a small Llama on English docstrings, then adapt it to Python code with LoRA.
-
-    Args:
-        folder: where the adapter is saved (`folder/adapter`) and Trainer may write.
-        settings: None takes the demo's own.
-        progress: told how far each stage is.
-    """
-    import lora_adapters
-
-    settings = settings or LanguageModelSettings()
-    clock = _Clock(progress)
-    with _quiet_transformers():
-        with clock.stage("Reading the standard library"):
-            data = language_data(settings.prose_characters, settings.code_characters, settings.test_characters)
-            encode = _tokenizer(data.prose, settings.vocabulary)
-            prose, code = (_blocks(corpus, encode, settings.context) for corpus in (data.prose, data.code))
-        model = _small_llama(settings)
-        with clock.stage("Pretraining on English"):
-            _fit_language(
-                model, prose[0], settings, settings.pretrain_learning_rate, settings.pretrain_epochs, folder, clock
-            )
-        prose_perplexity, before = perplexity(model, prose[1]), perplexity(model, code[1])
-        adapter = lora_adapters.attach(model, rank=settings.rank, targets="all-linear", seed=settings.seed)
-        with clock.stage("Adapting to Python with LoRA"):
-            _fit_language(adapter.model, code[0], settings, settings.learning_rate, 1, folder, clock)
-        after = perplexity(model, code[1])
-        adapter.save(folder / "adapter")
-        parameters = adapter.plan.total_parameters
-        trained = adapter.plan.adapter_parameters
-        merged = perplexity(adapter.merge(unload=True), code[1])
-    return LanguageModelResult(
-        parameters=parameters,
-        prose_perplexity=prose_perplexity,
-        before_perplexity=before,
-        after_perplexity=after,
-        merged_perplexity=merged,
-        trainable_share=trained / (parameters + trained),
-        seconds=clock.seconds,
-    )
-
-
-def _tokenizer(corpus: TextCorpus, vocabulary: int) -> Callable[[str], list[int]]:
-    """Train a byte-level BPE on the pretraining text alone; a passage ends with token 0."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(corpus.train, vocab_size=vocabulary, special_tokens=["<|end|>"], show_progress=False)
-    return lambda text: [*tokenizer.encode(text).ids, 0]
-
-
-def _blocks(
-    corpus: TextCorpus, encode: Callable[[str], list[int]], context: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return training and held-out text as lists of (context,) token blocks; what fills no block is left out."""
-
-    def cut(texts: Sequence[str]) -> list[torch.Tensor]:
-        ids = torch.tensor([token for text in texts for token in encode(text)])
-        return list(ids[: len(ids) // context * context].reshape(-1, context))
-
-    return cut(corpus.train), cut(corpus.test)
-
-
-def _small_llama(settings: LanguageModelSettings) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(settings.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=settings.vocabulary,
-            hidden_size=settings.hidden,
-            intermediate_size=3 * settings.hidden,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=settings.context,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            use_cache=False,
-        )
-    )
-
-
-def _fit_language(
-    model, blocks, settings: LanguageModelSettings, rate: float, epochs: int, folder: Path, clock: _Clock
-) -> None:
-    def stack(batch: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        ids = torch.stack(list(batch))
-        return {"input_ids": ids, "labels": ids}
-
-    options = {"learning_rate": rate, "num_train_epochs": epochs, "weight_decay": 0.1}
-    _train(model, blocks, stack, folder, clock, settings.batch_size, settings.seed, **options)
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
-    """Return exp of the mean cross-entropy per predicted token over all blocks, each read on its own."""
-    model.eval()
-    losses = []
-    for start in range(0, len(blocks), 16):
-        ids = torch.stack(list(blocks[start : start + 16]))
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"))
-    return math.exp(torch.cat(losses).mean().item())
-
-
-# ---- shared ----------------------------------------------------------------------------------------------------------
-
-
-class _Clock:
-    """Times the stages, and passes on how far they are."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.seconds, self.current = progress, {}, ""
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.current = name
-        self.progress(name, 0, 1)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self.progress(name, 1, 1)
-
-    def step(self, done: int, total: int) -> None:
-        if done < total:  # the stage reports its own end
-            self.progress(self.current, done, total)
-
-
-def _train(
-    model: Any,
-    dataset: Sequence[Any],
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
-    folder: Path,
-    clock: _Clock,
-    batch_size: int,
-    seed: int,
-    **options: Any,
-) -> None:
-    """Train with transformers' Trainer on the CPU: AdamW, linear warm-up over a tenth of the steps, linear decay."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    class Report(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.step(state.global_step, state.max_steps)
-
-    steps = -(-len(dataset) // batch_size) * options["num_train_epochs"]
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=batch_size,
-        warmup_steps=steps // 10,
-        seed=seed,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        **options,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=[Report()])  # type: ignore[arg-type]
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' own bars and its report that the task head is new, and put its settings back."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    run_trainer(model, features, _pad, folder, clock, settings.batch_size, settings.seed, **options)
