@@ -10,7 +10,7 @@ from . import inject
 from .adapter import Adapter, peft_model_of
 from .attach_plan import AttachPlan
 from .backends import unwrap
-from .errors import LoraAdaptersError, RequestError
+from .errors import LoraAdaptersError, RequestError, UnsupportedError
 from .hooks.manager import load_object, plugins, require
 from .planning import make_plan
 from .request import _UNSET, AttachRequest
@@ -175,6 +175,43 @@ def load(
         DoesNotFitError: it needs more memory than is free; the message lists settings that would fit.
         RequestError, MissingDependencyError: a wrong argument, or a missing package.
     """
+    loader = _loader(name, backend, revision)
+    return loader.load(
+        name,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+
+
+def skeleton(
+    name: str,
+    backend: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Return the model that `load` would load, on the meta device: to plan with, before any weight is read.
+
+    Args:
+        name, backend, dtype, revision, trust_remote_code, **options: as for `load`.
+
+    Raises:
+        UnsupportedError: the backend can't build models without their weights.
+    """
+    loader = _loader(name, backend, revision)
+    build = getattr(loader, "skeleton", None)
+    if build is None:
+        raise UnsupportedError(f"Backend {loader.name!r} can't build {name!r} without its weights: load it instead.")
+    return build(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **options)
+
+
+def _loader(name: str, backend: str | None, revision: str | None) -> Any:
+    """Return the backend object that loads `name`."""
     specs = plugins().backends()
     if backend is not None:
         specs = [spec for spec in specs if spec.name == backend]
@@ -195,13 +232,5 @@ def load(
                 raise
             errors.append(f"{spec.name} can't be used ({error})")
             continue
-        return loader.load(
-            name,
-            quantization=quantization,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+        return loader
     raise LoraAdaptersError(f"No backend can load {name!r}: {'; '.join(errors) or 'no backend is installed'}.")

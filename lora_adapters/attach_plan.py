@@ -111,6 +111,7 @@ class AttachPlan:
         optimizer: str = "adamw",
         autocast: Any = None,
         device: str | None = None,
+        checkpointing: bool | None = None,
     ) -> StepMemory:
         """Predict the memory of one training step in bytes, without running it.
 
@@ -120,6 +121,7 @@ class AttachPlan:
             optimizer: see `lora_adapters.memory.predict_step`.
             autocast: dtype of mixed precision, such as torch.bfloat16, or None.
             device: where the step will run; None takes the model's device. "cuda" works without CUDA too.
+            checkpointing: True turns gradient checkpointing on; None leaves it as the model has it.
 
         Raises:
             UnsupportedError: the model's forward can't be traced without data; the message says where.
@@ -132,7 +134,9 @@ class AttachPlan:
         # Real inputs: a model that looks at its mask's values then takes the branch it will take in training.
         inputs = backend.example_inputs(self._model, batch_size, sequence_length, "cpu")
         device = device or next((p.device.type for p in self._model.parameters() if p.device.type != "meta"), "cpu")
-        return predict_step(copy, inputs, optimizer=optimizer, autocast=autocast, device=device)
+        return predict_step(
+            copy, inputs, optimizer=optimizer, autocast=autocast, device=device, checkpointing=checkpointing
+        )
 
     def __str__(self) -> str:
         from .report.plan_table import render

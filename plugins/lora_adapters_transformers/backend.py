@@ -54,6 +54,12 @@ class TransformersBackend:
 
         return can_load(name, revision=revision)
 
+    def skeleton(self, name: str, **options: Any) -> nn.Module:
+        """Return the model that `load` would load, without weights; see `loading.skeleton`."""
+        from .loading import skeleton
+
+        return skeleton(name, **options)
+
     def load(self, name: str, **options: Any) -> nn.Module:
         """Load a model; see `loading.load`."""
         from .loading import load

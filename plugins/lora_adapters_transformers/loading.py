@@ -51,11 +51,8 @@ def load(
     """Load a model; see `lora_adapters.load`. `options` are fields of its config, such as num_labels."""
     target = pick_device(device)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _config(name, options, source)
-    auto = _auto_class(config, task)
-    dtype = _dtype(dtype, config, target)
-    with torch.device("meta"):
-        skeleton = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    auto, config, dtype = _what_to_load(name, options, source, task, dtype, target)
+    skeleton = _on_meta(auto, config, dtype, trust_remote_code)
     formats = quantized_layers(skeleton, quantization) if quantization is not None else {}
     if formats:
         require(("bitsandbytes",), "bnb", f"quantization={quantization!r}")
@@ -69,6 +66,39 @@ def load(
         request = AttachRequest.make(quantization=quantization, targets="all-linear")
         quantize(model, make_plan(model, request))
     return model
+
+
+def skeleton(
+    name: str,
+    *,
+    dtype: torch.dtype | str,
+    revision: str | None,
+    trust_remote_code: bool,
+    task: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Return the model that `load` would load, on the meta device: its config is read, its weights are not."""
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    auto, config, dtype = _what_to_load(name, options, source, task, dtype, torch.device("meta"))
+    return _on_meta(auto, config, dtype, trust_remote_code)
+
+
+def _what_to_load(
+    name: str,
+    options: dict[str, Any],
+    source: dict[str, Any],
+    task: str | None,
+    dtype: torch.dtype | str,
+    device: torch.device,
+) -> tuple[Any, PretrainedConfig, torch.dtype]:
+    """Return the Auto class, the config and the dtype of dense weights."""
+    config = _config(name, options, source)
+    return _auto_class(config, task), config, _dtype(dtype, config, device)
+
+
+def _on_meta(auto: Any, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def can_load(name: str, revision: str | None = None) -> bool:
