@@ -1,5 +1,8 @@
 """Small models for the engine's tests."""
 
+import subprocess
+import sys
+
 import torch
 from torch import nn
 
@@ -87,3 +90,11 @@ def assert_same(model: nn.Module, before: dict) -> None:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """NaN equals NaN when compared as bytes."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def run_cli(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `lora-adapters` in a process of its own, as its console script does."""
+    code = (
+        f"{before}import sys; sys.argv = ['lora-adapters', *{arguments!r}]; from lora_adapters.cli import main; main()"
+    )
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)

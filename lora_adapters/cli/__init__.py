@@ -11,6 +11,8 @@ from .. import __version__
 
 #: Command -> (module here, one line for --help).
 _COMMANDS = {
+    "plan": ("plan", "Show what an adapter would be, what training it takes, and what fits a GPU."),
+    "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
     "demo": ("demo", "Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes."),
     "plugins": ("plugins", "List the installed plugins and what became of each."),
 }
@@ -46,7 +48,13 @@ class _LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, traceback: bool) -> None:
     """LoRA for every PyTorch model you already have."""
+    import logging
+    import warnings
+
     ctx.obj = {"traceback": traceback}
+    # What other packages say of their own future, or of kernels they could fetch, is nothing the user can act on here.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +47,6 @@ def command(seed: int, quiet: bool) -> None:
     require(("transformers", "bitsandbytes", "sklearn"), "demo", "The demo")
     lines = _Lines(quiet)
     lines.say("loading PyTorch, transformers and PEFT")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # A faster kernel from the Hub that is not installed: nothing to do about it here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from . import demo_classification, demo_language
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,24 +1,15 @@
 """The command line as a shell sees it: what it prints, where, and its exit status."""
 
 import json
-import subprocess
-import sys
 from importlib.metadata import entry_points
 
 import pytest
+from helpers import run_cli as run
 
 import lora_adapters
 from lora_adapters import cli
 
 MISSING = "import sys; sys.modules['sklearn'] = None; "
-
-
-def run(*arguments, before=""):
-    """Run the command in a process of its own, as its console script does."""
-    code = (
-        f"{before}import sys; sys.argv = ['lora-adapters', *{arguments!r}]; from lora_adapters.cli import main; main()"
-    )
-    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
 
 
 def test_the_console_script_is_this_function():
