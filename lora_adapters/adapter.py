@@ -16,6 +16,7 @@ from . import inject, merge
 from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
+from .norms import update_norm
 from .saving import save_adapter
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Adapter:
 
     def norms(self) -> dict[str, float]:
         """Return the mean Frobenius norm of scaling * B @ A over all layers and its largest value."""
-        norms = [update_norm(layer, self.name) for layer in self.layers.values()]
+        norms = [_norm(layer, self.name) for layer in self.layers.values()]
         values = torch.stack(norms)
         return {"mean": values.mean().item(), "max": values.max().item()}
 
@@ -238,15 +239,7 @@ class Adapter:
         return base
 
 
-def update_norm(layer: LoraLayer, name: str) -> torch.Tensor:
-    """Return the Frobenius norm of scaling * B @ A in float32, without forming the product.
-
-    |BA|^2 = trace((A A^T)(B^T B)), which needs rank x rank matrices only.
-    """
+def _norm(layer: LoraLayer, name: str) -> torch.Tensor:
     if name in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    else:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[assignment,union-attr]
-    a, b = a.detach().float().flatten(1), b.detach().float().flatten(1)  # type: ignore[assignment]
-    square = ((a @ a.T) * (b.T @ b)).sum().clamp_min(0)
-    return abs(layer.scaling[name]) * square.sqrt()
+        return update_norm(layer.lora_embedding_A[name], layer.lora_embedding_B[name], layer.scaling[name])
+    return update_norm(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])  # type: ignore[arg-type,union-attr]

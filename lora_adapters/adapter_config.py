@@ -31,6 +31,9 @@ _MEANING = (
     *("fan_in_fan_out", "target_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
 )
 
+#: Initialisations that change the base's weights using data that a saved adapter does not hold.
+CHANGED_BASE = ("corda", "lora_ga")
+
 Check = Callable[[str, Any], Any]
 
 
@@ -186,10 +189,12 @@ class AdapterConfigData:
     Attributes:
         values: LoraConfig field -> checked value, of the fields the file gives.
         meaning: digest over the fields that say what the weights mean (see `meaning_digest`).
+        peft_version: the PEFT that wrote it, as it says; "" when it does not.
     """
 
     values: Mapping[str, Any]
     meaning: str
+    peft_version: str = ""
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a field; `default` when the file leaves it out or says null."""
@@ -213,6 +218,11 @@ class AdapterConfigData:
     def alphas(self, modules: Collection[str]) -> dict[str, float]:
         """Alpha of each module by `lora_alpha` and `alpha_pattern`."""
         return PatternMap[float](self.get("alpha_pattern", {})).look_up(modules, self.lora_alpha)
+
+    def scalings(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Factor of B @ A for each of `ranks` (module -> rank)."""
+        root = math.sqrt if self.get("use_rslora") else int
+        return {name: alpha / root(ranks[name]) for name, alpha in self.alphas(ranks).items()}
 
     def expected_targets(self, candidates: Collection[str]) -> set[str] | None:
         """Modules among `candidates` (the names a model has) that the config says are adapted.
@@ -242,6 +252,14 @@ class AdapterConfigData:
             return None
         return {name for name in names if _layer_index(name, patterns) in layers}
 
+    def check_base_unchanged(self) -> None:
+        """Raise UnsupportedError if the initialisation changed the base's weights in a way that can't be repeated."""
+        if (start := self.get("init_lora_weights")) in CHANGED_BASE:
+            raise UnsupportedError(
+                f"The adapter was initialised with {start!r}, which changed the base's weights using data the file "
+                "does not hold. Save it again with PEFT's path_initial_model_for_weight_conversion, then restore that."
+            )
+
     def to_lora_config(self, inference_mode: bool = False, **exact: Any) -> Any:
         """A real `peft.LoraConfig`. `exact` replaces fields (target_modules, r, rank_pattern ... with exact names).
 
@@ -252,12 +270,8 @@ class AdapterConfigData:
         from peft import LoraConfig
 
         values = {key: value for key, value in self.values.items() if value is not None and key != "peft_type"}
-        if (start := values.get("init_lora_weights")) in ("corda", "lora_ga"):
-            raise UnsupportedError(
-                f"The adapter was initialised with {start!r}, which changed the base's weights using data the file "
-                "does not hold. Save it again with PEFT's path_initial_model_for_weight_conversion, then restore that."
-            )
-        if start == "eva":
+        self.check_base_unchanged()
+        if values.get("init_lora_weights") == "eva":
             values["init_lora_weights"] = True
         values |= exact | {"inference_mode": inference_mode}
         try:
@@ -356,7 +370,10 @@ def parse_config(data: bytes) -> AdapterConfigData:
             values[name] = None if value is None and name not in _NOT_NULL else FIELDS[name](name, value)
         else:
             _check_unused(name, value)
-    return AdapterConfigData(values=values, meaning=meaning_digest(raw))
+    version = raw.get("peft_version")
+    if type(version) is not str or len(version) > 64 or not version.isprintable():
+        version = ""
+    return AdapterConfigData(values=values, meaning=meaning_digest(raw), peft_version=version)
 
 
 def _check_unused(name: str, value: Any) -> None:

@@ -1,8 +1,9 @@
 """A saved PEFT LoRA folder, checked in steps before a model is touched.
 
 1. `inspect_adapter(folder)`: config and safetensors header; says which modules are adapted, with which rank.
-2. `check_tensors(file, expected)`: exactly the keys and shapes that the model and the config ask for.
-3. `read_adapter(file)`: the values, finite and equal to the digest the save wrote.
+2. `check_supported(file)`: nothing in it that can't be restored here.
+3. `check_tensors(file, expected)`: exactly the keys and shapes that the model and the config ask for.
+4. `read_adapter(file)`: the values, finite and equal to the digest the save wrote.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .adapter_config import (
     parse_config,
     read_bounded,
 )
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedError
 from .naming import saved_whole
 from .staging import interrupted_config
 from .tensor_file import FLOATING, Header, TensorInfo, read_header, read_tensors
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 #: Metadata entries this package writes; other writers' files have none of them.
 DIGEST_ENTRY, MEANING_ENTRY, VERSION_ENTRY = "lora_adapters.digest", "lora_adapters.config", "lora_adapters.version"
+#: The layers whose adapter acts wherever the module is registered, joined by commas.
+HELD_TWICE_ENTRY = "lora_adapters.held_twice"
 
 _FACTORS = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a", ".lora_embedding_B": "b"}
 _EXTRAS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude", ".lora_velora_embed": "velora"}
@@ -266,6 +269,30 @@ def _check_ranks(config: AdapterConfigData, modules: Mapping[str, AdaptedModule]
                 f"{CONFIG_NAME} says {ranks[name]} for {name}. Config and weights are of different adapters; copy both "
                 "files from one save."
             )
+
+
+def check_supported(file: AdapterFile) -> None:
+    """Check that nothing in a file asks for what can't be restored here.
+
+    Raises:
+        UnsupportedError: it does; the message names it and says what to do with the file.
+    """
+    file.config.check_base_unchanged()
+    parameters = [name for name, module in file.modules.items() if module.kind in ("parameter", "conv3d")]
+    if file.tokens:
+        what = "trained token rows (PEFT's trainable_token_indices)"
+    elif parameters:
+        what = f"an adapter on {parameters[0]!r} (PEFT's target_parameters, or Conv3d)"
+    elif file.config.get("alora_invocation_tokens"):
+        # Its tensors are those of plain LoRA, but it acts on the tokens after the invocation only.
+        what = "an activated LoRA (PEFT's alora_invocation_tokens)"
+    elif file.config.get("init_lora_weights") == "loftq":
+        what = "an adapter for a base that LoftQ changed (PEFT's init_lora_weights)"
+    else:
+        return
+    raise UnsupportedError(
+        f"The file holds {what}, which is restored by stock PEFT only: PeftModel.from_pretrained(model, folder)."
+    )
 
 
 def check_tensors(file: AdapterFile, expected: Mapping[str, tuple[int, ...]]) -> None:

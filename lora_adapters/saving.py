@@ -12,7 +12,16 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import inject
-from .adapter_file import PREFIX, AdapterFile, check_copies, check_tensors, inspect_adapter, read_adapter
+from .adapter_file import (
+    HELD_TWICE_ENTRY,
+    PREFIX,
+    AdapterFile,
+    check_copies,
+    check_supported,
+    check_tensors,
+    inspect_adapter,
+    read_adapter,
+)
 from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of
 from .checkpoint import resolve_adapter_path, write_adapter
@@ -28,9 +37,6 @@ from .weights import store_for
 #: Config fields that say what the layers compute; the others say how the adapter came to be.
 _CARRIED = ("use_rslora", "use_dora", "lora_bias", "bias", "task_type", "fan_in_fan_out", "init_lora_weights")
 
-#: Entry of the file's header: the layers whose adapter acts wherever the module is registered, joined by commas.
-_HELD_TWICE = "lora_adapters.held_twice"
-
 
 def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write one adapter as a PEFT checkpoint folder, as one act. Returns the folder."""
@@ -38,7 +44,7 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
     base = peft_model.get_base_model()
     described = {"lora_adapters.base_class": type(base).__name__, **{k: str(v) for k, v in metadata.items()}}
     if twice := held_twice(base, _layer_names(base, name)):
-        described[_HELD_TWICE] = ",".join(twice)
+        described[HELD_TWICE_ENTRY] = ",".join(twice)
         inject.warn(
             f"{twice[0]!r} is one module in several places, and stock PEFT adapts it in the first place only: restore "
             f"{folder} with lora_adapters.restore, or merge the adapter before sharing the model."
@@ -53,15 +59,26 @@ def restore_adapter(
 ) -> tuple[PeftModel, AttachPlan, Changes]:
     """Attach a saved adapter to `base`; see `lora_adapters.restore`."""
     file = inspect_adapter(resolve_adapter_path(path, revision))
-    _refuse_unsupported(file)
-    plan = _plan(base, file, name)
-    _refuse_half_adapted(base, plan, file)
-    check_tensors(file, expected_tensors(base, plan))
+    plan = checked_plan(base, file, name)
     tensors = read_adapter(file)
     check_copies(file, tensors, {module: _dense(base, module) for module in file.copies.values()})
     values = {key: tensor for key, tensor in tensors.items() if key not in file.copies}
     result, changes = inject.apply(base, plan, peft_model, load=lambda model: _load(model, plan, values))
     return result, plan, changes
+
+
+def checked_plan(base: nn.Module, file: AdapterFile, name: str = "default") -> AttachPlan:
+    """Return how a file's adapter goes onto `base`. The base's names and shapes are enough: it may be on meta.
+
+    Raises:
+        CheckpointError: the file is incomplete or made for another model.
+        UnsupportedError: only stock PEFT can restore it.
+    """
+    check_supported(file)
+    plan = _plan(base, file, name)
+    _refuse_half_adapted(base, plan, file)
+    check_tensors(file, expected_tensors(base, plan))
+    return plan
 
 
 def _layer_names(base: nn.Module, name: str) -> list[str]:
@@ -71,7 +88,7 @@ def _layer_names(base: nn.Module, name: str) -> list[str]:
 
 def _refuse_half_adapted(base: nn.Module, plan: AttachPlan, file: AdapterFile) -> None:
     """Raise for a file of stock PEFT, whose adapter acts in the first place of a module only, where ours acts in all."""
-    said = file.metadata.get(_HELD_TWICE, "").split(",")
+    said = file.metadata.get(HELD_TWICE_ENTRY, "").split(",")
     if strange := [n for n in held_twice(base, [layer.name for layer in plan.layers]) if n not in said]:
         raise UnsupportedError(
             f"{strange[0]!r} is one module in several places. In stock PEFT, which wrote this file, the adapter acts in "
@@ -84,16 +101,6 @@ def _dense(base: nn.Module, module: str) -> torch.Tensor:
     if store is None:
         raise UnsupportedError(f"The weight of {module!r} can't be read, so the file's copy of it can't be checked.")
     return store.read()
-
-
-def _refuse_unsupported(file: AdapterFile) -> None:
-    parameters = [name for name, module in file.modules.items() if module.kind in ("parameter", "conv3d")]
-    if parameters or file.tokens:
-        what = "trained token rows" if file.tokens else f"an adapter on {parameters[0]!r}"
-        raise UnsupportedError(
-            f"The file holds {what} (PEFT's target_parameters, trainable_token_indices or Conv3d), which is restored "
-            "by stock PEFT only: PeftModel.from_pretrained(model, folder)."
-        )
 
 
 def _plan(base: nn.Module, file: AdapterFile, name: str) -> AttachPlan:
