@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .api import restore as restore
     from .errors import LoraAdaptersError as LoraAdaptersError
     from .hooks import hookimpl as hookimpl
+    from .merged_checkpoint import merge_checkpoint as merge_checkpoint
 
 __version__ = "0.1.0.dev0"
 
@@ -20,10 +21,21 @@ _LAZY = {
     "attach": "api",
     "hookimpl": "hooks",
     "load": "api",
+    "merge_checkpoint": "merged_checkpoint",
     "plan": "api",
     "restore": "api",
 }
-__all__ = ["Adapter", "LoraAdaptersError", "__version__", "attach", "hookimpl", "load", "plan", "restore"]
+__all__ = [
+    "Adapter",
+    "LoraAdaptersError",
+    "__version__",
+    "attach",
+    "hookimpl",
+    "load",
+    "merge_checkpoint",
+    "plan",
+    "restore",
+]
 
 
 def __getattr__(name: str):

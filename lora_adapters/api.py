@@ -87,7 +87,7 @@ def attach(
     base = unwrap(model)
     inject.check_free_name(base, request.adapter_name)
     made = make_plan(model, request)
-    with _progress("Quantizing", progress) as report:
+    with progress_bar("Quantizing", progress) as report:
         inject.quantize(base, made, report)
     peft_model, changes = inject.apply(base, made, _peft_model(model, base))
     return _attached(base, peft_model, made, changes)
@@ -107,7 +107,7 @@ def _attached(base: nn.Module, peft_model: Any, made: AttachPlan, changes: Any) 
     return adapter
 
 
-class _progress:
+class progress_bar:
     """A progress bar on stderr that appears in a terminal, or when asked for."""
 
     def __init__(self, title: str, show: bool | None) -> None:
@@ -175,7 +175,7 @@ def load(
         DoesNotFitError: it needs more memory than is free; the message lists settings that would fit.
         RequestError, MissingDependencyError: a wrong argument, or a missing package.
     """
-    loader = _loader(name, backend, revision)
+    loader = loader_for(name, backend, revision)
     return loader.load(
         name,
         quantization=quantization,
@@ -203,14 +203,14 @@ def skeleton(
     Raises:
         UnsupportedError: the backend can't build models without their weights.
     """
-    loader = _loader(name, backend, revision)
+    loader = loader_for(name, backend, revision)
     build = getattr(loader, "skeleton", None)
     if build is None:
         raise UnsupportedError(f"Backend {loader.name!r} can't build {name!r} without its weights: load it instead.")
     return build(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **options)
 
 
-def _loader(name: str, backend: str | None, revision: str | None) -> Any:
+def loader_for(name: str, backend: str | None, revision: str | None) -> Any:
     """Return the backend object that loads `name`."""
     specs = plugins().backends()
     if backend is not None:

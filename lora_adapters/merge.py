@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from peft import PeftModel
@@ -12,25 +12,45 @@ from torch import nn
 
 from .backends import backend_for
 from .errors import MergeError
+from .layers.engine import EngineLayer
 from .sharing import places_of, put
 
 
-def merge(peft_model: PeftModel, base: nn.Module, names: list[str]) -> None:
+def merge(
+    peft_model: PeftModel,
+    base: nn.Module,
+    names: list[str],
+    keep: bool = True,
+    report: Callable[[int, int, str], None] | None = None,
+) -> None:
     """Merge adapters into every layer that carries them.
 
+    Args:
+        peft_model: the PeftModel around `base`.
+        base: the adapted model.
+        names: adapters to merge.
+        keep: keep the old weights for `unmerge`. Without, merging takes no second copy of the weights, and there is no
+            way back: not when merging fails either, so the model must then be let go.
+        report: called with done, total and the layer's name.
+
     Raises:
-        MergeError: one layer can't be merged; those merged before it have been unmerged again.
+        MergeError: one layer can't be merged; those merged before it have been unmerged again (if `keep`).
     """
     layers = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     fresh = {n: m for n, m in layers.items() if _carried(m, names) and not m.merged}
     _check_finite(fresh, names)
     done: list[LoraLayer] = []
     for name, layer in fresh.items():
+        if report:
+            report(len(done), len(fresh), name)
         try:
             layer.merge(safe_merge=True, adapter_names=_carried(layer, names))
         except Exception as error:
-            unmerge(done)
+            if keep:
+                unmerge(done)
             raise MergeError(f"{name!r} can't be merged, so nothing was: {error}") from error
+        if not keep and isinstance(layer, EngineLayer):
+            layer.let_go()
         done.append(layer)
 
 

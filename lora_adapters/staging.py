@@ -1,11 +1,15 @@
-"""Writes an adapter's files as one act: all of a save or nothing, whatever fails or is killed in between.
+"""Writes files as one act: all of a save or nothing, whatever fails or is killed in between.
 
-A folder that does not exist, or is empty, is built beside its place and renamed into it. In a folder that holds other
-files, such as a Trainer's checkpoint, the files are first completed in a hidden stage inside it; then the weights are
-renamed over their predecessor, which commits the save, then the config. If the second rename fails, the old weights are
-put back. If the process is killed between the two, the stage still holds the config of the weights now in place: reads
-take it from there (`interrupted_config`), the next write finishes the act and removes the stage. A running save locks
-its stage, so that only dead ones are removed.
+`write_files` writes an adapter's files. A folder that does not exist, or is empty, is built beside its place and renamed
+into it. In a folder that holds other files, such as a Trainer's checkpoint, the files are first completed in a hidden
+stage inside it; then the weights are renamed over their predecessor, which commits the save, then the config. If the
+second rename fails, the old weights are put back. If the process is killed between the two, the stage still holds the
+config of the weights now in place: reads take it from there (`interrupted_config`), the next write finishes the act and
+removes the stage. A running save locks its stage, so that only dead ones are removed.
+
+`new_folder` makes a whole folder, which may take the place of another one: that one is moved into the stage, then the new
+one out of it. If the second rename fails, the old folder is put back. If the process is killed between the two, the next
+call finishes the act.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME
@@ -30,7 +34,7 @@ except ImportError:  # Windows has no flock; there a stage counts as dead after 
     fcntl = None
 
 _MARK = ".lora_adapters-saving-"
-_OLD = "previous"
+_OLD, _NEW = "previous", "new"
 _DEAD_AFTER_SECONDS = 3600
 
 #: File name -> function that writes that file at the path it is given.
@@ -62,6 +66,81 @@ def write_files(folder: Path, writers: Writers) -> None:
         raise CheckpointError(
             f"Saving to {folder} failed: {error}. {state} Free space or choose another folder, then save again."
         ) from error
+
+
+@contextmanager
+def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; when the block ends without an exception it takes that place, as one act.
+
+    Args:
+        folder: made with its parents. It must not exist or be empty, unless it may be replaced.
+        replace: let a folder with files in it make way, once the new one is complete.
+
+    Raises:
+        CheckpointError: `folder` can't be written. As after an exception in the block, everything is as it was before.
+    """
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with ExitStack() as stack:
+            with _failures(folder):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                remove_litter(folder)
+                stage = stack.enter_context(_stage(folder.parent, _beside(folder)))
+                os.mkdir(stage / _NEW)
+            yield stage / _NEW
+            with _failures(folder):
+                _settle(stage / _NEW)
+                _swap(stage, folder, replace)
+        _sync_or_warn(folder)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):  # Somebody else may use it by now.
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _failures(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Writing {folder} failed: {error}. What was there before is unchanged. Free space or choose another folder."
+        ) from error
+
+
+def _settle(folder: Path) -> None:
+    """Make all that lies in a folder as readable as the folder, and put it on the disk."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            _complete(Path(path, name))
+        _sync_folder(Path(path))
+
+
+def _swap(stage: Path, folder: Path, replace: bool) -> None:
+    if os.path.lexists(folder) and any(folder.iterdir()):
+        if not replace:
+            raise OSError(errno.EEXIST, "another program has put files there meanwhile")
+        try:
+            os.rename(folder, stage / _OLD)
+            os.rename(stage / _NEW, folder)
+        except BaseException:
+            _undo_swap(stage, folder)
+            raise
+    else:
+        if os.name == "nt" and folder.exists():
+            folder.rmdir()  # Windows can't rename over an empty folder.
+        os.rename(stage / _NEW, folder)
+
+
+def _undo_swap(stage: Path, folder: Path) -> None:
+    if _swapping(stage):
+        os.rename(stage / _OLD, folder)
+
+
+def _swapping(stage: Path) -> bool:
+    """Return True between the two renames: the old folder is in the stage, and the complete new one still is."""
+    return (stage / _NEW).is_dir() and (stage / _OLD).is_dir()
 
 
 def _build(folder: Path, writers: Writers) -> bool:
@@ -98,7 +177,7 @@ def _stage(parent: Path, prefix: str) -> Iterator[Path]:
                     yield stage
                     return
         finally:
-            if not _waiting(stage):
+            if not (_waiting(stage) or _swapping(stage)):
                 _remove(stage)
 
 
@@ -157,11 +236,15 @@ def _fill(stage: Path, writers: Writers) -> None:
     # The weights come first: a stage with a config but no weights is one whose weights were renamed into place.
     for name in sorted(writers, key=lambda name: name != WEIGHTS_NAME):
         writers[name](stage / name)
-        # safetensors makes its files 0600; a checkpoint must be as readable as its folder.
-        os.chmod(stage / name, os.stat(stage).st_mode & 0o666)
-        with open(stage / name, "rb") as file:
-            os.fsync(file.fileno())
+        _complete(stage / name)
     _sync_folder(stage)
+
+
+def _complete(path: Path) -> None:
+    # safetensors makes its files 0600; a checkpoint must be as readable as its folder.
+    os.chmod(path, os.stat(path.parent).st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -242,7 +325,7 @@ def interrupted_config(folder: Path) -> Path | None:
 
 
 def remove_litter(folder: Path) -> None:
-    """Finish a save that was killed after its weights were in place, and remove what killed saves left behind."""
+    """Finish a save that was killed while it put its files in place, and remove what killed saves left behind."""
     for stage in _stages(folder, _MARK):
         with _taken_if_dead(stage) as dead:
             if dead and _waiting(stage):
@@ -251,5 +334,7 @@ def remove_litter(folder: Path) -> None:
                 _remove(stage)
     for stage in _stages(folder.parent, _beside(folder)):
         with _taken_if_dead(stage) as dead:
-            if dead:
+            if dead and _swapping(stage) and not os.path.lexists(folder):
+                os.rename(stage / _NEW, folder)
+            if dead and not _swapping(stage):
                 _remove(stage)

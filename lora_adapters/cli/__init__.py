@@ -13,6 +13,7 @@ from .. import __version__
 _COMMANDS = {
     "plan": ("plan", "Show what an adapter would be, what training it takes, and what fits a GPU."),
     "inspect": ("inspect", "Show what an adapter file holds, check it, and say where it loads."),
+    "merge": ("merge", "Merge a saved adapter into its base and write a plain model."),
     "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
     "demo": ("demo", "Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes."),
     "plugins": ("plugins", "List the installed plugins and what became of each."),

@@ -120,6 +120,10 @@ class EngineLayer(nn.Module, LoraLayer):
         self._aside = ()
         self.merged_adapters.clear()
 
+    def let_go(self) -> None:
+        """Free the original base module, once merged for good. There is no `unmerge` after this."""
+        self._aside = ()
+
     def _merged_base(self, original: nn.Module, names: list[str]) -> nn.Module:
         store = store_for(original)
         if store is None:

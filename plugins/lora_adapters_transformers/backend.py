@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,6 +12,9 @@ from lora_adapters.hooks.specs import TargetMap
 from lora_adapters.targets import Classification, ModelInfo
 
 from . import example_inputs, roles, tasks
+
+if TYPE_CHECKING:
+    from lora_adapters.adapter_file import AdapterFile
 
 
 class TransformersBackend:
@@ -65,3 +69,29 @@ class TransformersBackend:
         from .loading import load
 
         return load(name, **options)
+
+    # ---- merging a saved adapter into a checkpoint: `lora_adapters.merged_checkpoint.MergingBackend` -----------------
+
+    def adapter_options(self, name: str, file: AdapterFile, **options: Any) -> dict[str, Any]:
+        """Return the options of `load` that give the model an adapter was trained on; see `merging.adapter_options`."""
+        from .merging import adapter_options
+
+        return adapter_options(name, file, **options)
+
+    def new_weights(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the weights of a loaded model that its checkpoint did not hold."""
+        from .loading import new_weights
+
+        return new_weights(model)
+
+    def beside(self, name: str, adapter: str, **source: Any) -> dict[str, Path]:
+        """Return name -> file of the tokenizer and the processor; see `merging.beside`."""
+        from .merging import beside
+
+        return beside(name, adapter, **source)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model as `from_pretrained` reads it."""
+        from .merging import save
+
+        save(model, folder)

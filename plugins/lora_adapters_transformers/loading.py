@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -12,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from lora_adapters.errors import LoraAdaptersError, RequestError
+from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.hooks.manager import require
 from lora_adapters.inject import quantize
 from lora_adapters.planning import make_plan
@@ -36,6 +37,9 @@ TASKS: Mapping[str, str] = {
 #: Formats that transformers quantizes while it reads the weights.
 _WHILE_READING = ("nf4", "fp4", "int8")
 
+#: Model that `load` returned -> names of the weights its checkpoint did not hold.
+_new_weights: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
 
 def load(
     name: str,
@@ -46,13 +50,21 @@ def load(
     revision: str | None,
     trust_remote_code: bool,
     task: str | None = None,
+    ignore_mismatched_sizes: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a model; see `lora_adapters.load`. `options` are fields of its config, such as num_labels."""
+    """Load a model; see `lora_adapters.load`.
+
+    Args:
+        name, quantization, dtype, device, revision, trust_remote_code: as there.
+        task: one of `TASKS`; None takes the class that the checkpoint names.
+        ignore_mismatched_sizes: start weights anew that the checkpoint holds in another shape, such as another task's head.
+        **options: fields of the model's config, such as num_labels.
+    """
     target = pick_device(device)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     auto, config, dtype = _what_to_load(name, options, source, task, dtype, target)
-    skeleton = _on_meta(auto, config, dtype, trust_remote_code)
+    skeleton = on_meta(auto, config, dtype, trust_remote_code)
     formats = quantized_layers(skeleton, quantization) if quantization is not None else {}
     if formats:
         require(("bitsandbytes",), "bnb", f"quantization={quantization!r}")
@@ -60,7 +72,9 @@ def load(
     bnb = _bnb_config(quantization, skeleton, formats, dtype)
     if bnb is not None:
         source["quantization_config"] = bnb
-    model = auto.from_pretrained(name, config=config, dtype=dtype, device_map={"": target}, **source)
+    source |= {"config": config, "dtype": dtype, "device_map": {"": target}, "output_loading_info": True}
+    model, info = auto.from_pretrained(name, ignore_mismatched_sizes=ignore_mismatched_sizes, **source)
+    _new_weights[model] = (*sorted(info["missing_keys"]), *sorted(key for key, *_ in info["mismatched_keys"]))
     guard_cpu_repacking(model)
     if formats and bnb is None:
         request = AttachRequest.make(quantization=quantization, targets="all-linear")
@@ -75,12 +89,13 @@ def skeleton(
     revision: str | None,
     trust_remote_code: bool,
     task: str | None = None,
+    ignore_mismatched_sizes: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Return the model that `load` would load, on the meta device: its config is read, its weights are not."""
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     auto, config, dtype = _what_to_load(name, options, source, task, dtype, torch.device("meta"))
-    return _on_meta(auto, config, dtype, trust_remote_code)
+    return on_meta(auto, config, dtype, trust_remote_code)
 
 
 def _what_to_load(
@@ -92,22 +107,42 @@ def _what_to_load(
     device: torch.device,
 ) -> tuple[Any, PretrainedConfig, torch.dtype]:
     """Return the Auto class, the config and the dtype of dense weights."""
-    config = _config(name, options, source)
-    return _auto_class(config, task), config, _dtype(dtype, config, device)
+    config = read_config(name, options, source)
+    return auto_class(config, task), config, _dtype(dtype, config, device)
 
 
-def _on_meta(auto: Any, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"):
-        return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+def on_meta(auto: Any, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a model of this config on the meta device.
+
+    Raises:
+        UnsupportedError: transformers has no such class for this type of config.
+    """
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"transformers has no {auto.__name__} of type {config.model_type!r}. Give another model, or another task."
+        ) from error
 
 
 def can_load(name: str, revision: str | None = None) -> bool:
-    """Return True if `name` has a configuration that transformers knows."""
+    """Return True if `name` has a configuration that transformers knows, or that brings its own code (not run here)."""
     try:
+        raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+        if "AutoConfig" in raw.get("auto_map", {}):
+            return True
         AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError):
         return False
     return True
+
+
+def new_weights(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a loaded model that its checkpoint did not hold: they have random values."""
+    return _new_weights.get(model, ())
 
 
 def pick_device(device: str) -> torch.device:
@@ -128,11 +163,13 @@ def pick_device(device: str) -> torch.device:
     return wanted
 
 
-def _config(name: str, options: dict[str, Any], source: dict[str, Any]) -> PretrainedConfig:
+def read_config(name: str, options: dict[str, Any], source: dict[str, Any]) -> PretrainedConfig:
+    """Return a checkpoint's config with some fields set; fields it does not know are an error."""
     try:
         config = AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
-        raise LoraAdaptersError(f"{name!r} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        hint = " If you trust its author, set trust_remote_code." if "trust_remote_code" in str(error) else ""
+        raise LoraAdaptersError(f"{name!r} can't be loaded: {str(error).strip().splitlines()[0]}{hint}") from error
     known = {*config.to_dict(), "num_labels", "id2label", "label2id", "attn_implementation"}
     for key in options:
         if key not in known and not hasattr(config, key):
@@ -143,15 +180,19 @@ def _config(name: str, options: dict[str, Any], source: dict[str, Any]) -> Pretr
     return AutoConfig.from_pretrained(name, **source, **options) if options else config
 
 
-def _auto_class(config: PretrainedConfig, task: str | None) -> Any:
+def auto_class(config: PretrainedConfig, task: str | None) -> Any:
+    """Return the Auto class for a task; without one, the Auto class of the model that the config names."""
     if task is not None:
         if task not in TASKS:
             near = get_close_matches(task, TASKS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"Unknown task {task!r}.{hint} Tasks: {', '.join(TASKS)}.")
         return getattr(transformers, TASKS[task])
+    own_code = getattr(config, "auto_map", None) or {}
     for architecture in config.architectures or ():
         for auto in dict.fromkeys(TASKS.values()):
+            if str(own_code.get(auto)).rpartition(".")[2] == architecture:
+                return getattr(transformers, auto)
             mapping = getattr(transformers, auto)._model_mapping
             if type(config) in mapping and _names(mapping[type(config)], architecture):
                 return getattr(transformers, auto)
