@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: PEFT's task type -> the task to load a model for.
-_TASKS = {
+TASK_OF_TYPE = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_2_SEQ_LM": "seq2seq",
     "SEQ_CLS": "text-classification",
@@ -161,7 +161,7 @@ def skeleton_for(file: AdapterFile, base: str, revision: str | None = None) -> n
     from .api import skeleton
 
     options: dict[str, Any] = {}
-    if task := _TASKS.get(file.config.get("task_type", "")):
+    if task := TASK_OF_TYPE.get(file.config.get("task_type", "")):
         options["task"] = task
     if labels := [file.header.tensors[key].shape[0] for key in file.saved if key.endswith(_LABELS)]:
         options["num_labels"] = labels[0]

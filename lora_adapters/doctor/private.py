@@ -16,7 +16,7 @@ from typing import Any
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 _SECRET = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{6,}")
 #: An address keeps its host, and not who logs in there or what is asked for; a path keeps its last part:
-#: "~/work/secret/x.py" and "C:\\work\\x.py" are ".../x.py". One expression, since an address holds what looks like a path.
+#: "~/mine/secret/x.py" and "C:\\mine\\x.py" are ".../x.py". One expression, since an address holds what looks like a path.
 _PLACE = re.compile(
     r"\b(?P<scheme>\w+)://(?:[^\s/@]*@)?(?P<host>[^\s/?#'\"]*)[^\s'\")\]]*"
     r"|(?<=['\"])(?:~|[A-Za-z]:)?[/\\](?:[^'\"\n]*[/\\])(?P<quoted>[^'\"\n]*)"

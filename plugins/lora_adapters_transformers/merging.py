@@ -12,19 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_adapters.adapter_file import PREFIX, AdapterFile
 from lora_adapters.errors import CheckpointError, UnsupportedError
+from lora_adapters.inspection import TASK_OF_TYPE
 
 from . import tasks
 from .loading import auto_class, on_meta, read_config
 
-#: PEFT's task type -> our task.
-_TASKS = {
-    "CAUSAL_LM": "causal-lm",
-    "SEQ_2_SEQ_LM": "seq2seq",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 #: What tokenizers and processors of transformers read, each group whole from one folder: files that say there is one,
 #: and patterns of all the group's files. None of them is code, and none is read here.
 _BESIDE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -90,7 +82,7 @@ def _task(config: PretrainedConfig, wanted: str | None, trust_remote_code: bool)
     """Return the task whose model PEFT's task type means; None if it is the one the checkpoint itself names."""
     if wanted is None or tasks.task_type(_skeleton(config, None, trust_remote_code)) == wanted:
         return None
-    return _TASKS[wanted]
+    return TASK_OF_TYPE[wanted]
 
 
 def _labels(config: PretrainedConfig, task: str | None, file: AdapterFile, trust_remote_code: bool) -> int | None:
