@@ -18,7 +18,7 @@ import pluggy
 
 from ..errors import MissingDependencyError, PluginError, PluginWarning
 from . import HOOK_API, PROJECT, specs
-from .specs import BackendSpec, LayerSpec, QuantizerSpec, TargetMap
+from .specs import BackendSpec, LayerSpec, QuantizerSpec, TargetMap, TrainerSpec
 
 
 @dataclass
@@ -193,9 +193,9 @@ class PluginManager:
 
     def status(self) -> list[PluginStatus]:
         """Return the status of every plugin, optional packages checked."""
-        for name, spec in self.collect("lora_adapters_backends", BackendSpec) + self.collect(
-            "lora_adapters_quantizers", QuantizerSpec
-        ):
+        specs = self.collect("lora_adapters_backends", BackendSpec)
+        specs += self.collect("lora_adapters_quantizers", QuantizerSpec)
+        for name, spec in specs:
             missing = [package for package in spec.requires if find_spec(package) is None]
             if missing and self._status[name].state == "ready":
                 self._status[name].state, self._status[name].detail = "needs", ", ".join(missing)
@@ -212,14 +212,21 @@ class PluginManager:
 
     def quantizers(self) -> dict[str, QuantizerSpec]:
         """Return the quantizers by name. A name claimed twice stays with the first; the other plugin is reported."""
-        found: dict[str, tuple[str, QuantizerSpec]] = {}
-        for name, spec in self.collect("lora_adapters_quantizers", QuantizerSpec):
-            if spec.name in found:
-                other = found[spec.name][0]
-                self._fail(name, self._status[name].origin, f"quantizer {spec.name!r} is already plugin {other!r}'s")
+        return self._by_name("quantizer", "name", self.collect("lora_adapters_quantizers", QuantizerSpec))
+
+    def trainers(self) -> dict[str, TrainerSpec]:
+        """Return the tasks that `train` can run, by name; as `quantizers` for names claimed twice."""
+        return self._by_name("task", "task", self.collect("lora_adapters_trainers", TrainerSpec))
+
+    def _by_name(self, kind: str, attribute: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, tuple[str, Any]] = {}
+        for name, spec in pairs:
+            key = getattr(spec, attribute)
+            if key in found:
+                self._fail(name, self._status[name].origin, f"{kind} {key!r} is already plugin {found[key][0]!r}'s")
                 continue
-            found[spec.name] = (name, spec)
-        return {name: spec for name, (_, spec) in found.items()}
+            found[key] = (name, spec)
+        return {key: spec for key, (_, spec) in found.items()}
 
     def layers(self) -> list[LayerSpec]:
         """Return the layer specs, the preferred one first."""

@@ -153,6 +153,35 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class TrainerSpec:
+    """A task that `lora-adapters train` can run.
+
+    Attributes:
+        task: the word a recipe writes in `task:`, such as "causal-lm".
+        summary: one line for `lora-adapters recipes`.
+        config: "package.module:Class" of a `lora_adapters.recipes.sections.Recipe`; importing it must stay cheap.
+        target: "package.module:Class" of a `lora_adapters.runs.runner.Runner`, imported when a recipe is run.
+        examples: "package:folder" of recipes (`TASK.yaml`, `TASK-more.yaml`) that `lora-adapters new` starts from.
+        requires: import names it needs.
+        extra: the extra of `lora-adapters` (or a distribution's name) that installs `requires`.
+    """
+
+    task: str
+    summary: str
+    config: str
+    target: str
+    examples: str = ""
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.task):
+            raise PluginError(f"TrainerSpec {self.task!r}: a task is lower-case words joined by '-'.")
+        _check_target(f"TrainerSpec {self.task!r}", self.config)
+        _check_target(f"TrainerSpec {self.task!r}", self.target)
+
+
+@dataclass(frozen=True)
 class PlanEdit:
     """A change to a plan, asked for by a plugin and made by the core.
 
@@ -221,6 +250,17 @@ def lora_adapters_layers():
         @hookimpl
         def lora_adapters_layers():
             return [LayerSpec("my_models.layers:FusedLinear", "my_plugin.layers:LoraFusedLinear", "linear")]
+    """
+
+
+@hookspec
+def lora_adapters_trainers():
+    """Return a list of TrainerSpec.
+
+    Example:
+        @hookimpl
+        def lora_adapters_trainers():
+            return [TrainerSpec("my-task", "What it does.", "my_plugin.recipe:MyRecipe", "my_plugin.runner:MyRunner")]
     """
 
 

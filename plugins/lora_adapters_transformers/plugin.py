@@ -1,7 +1,7 @@
 """The hook implementations. Listing them imports neither torch nor transformers."""
 
 from lora_adapters.hooks import hookimpl
-from lora_adapters.hooks.specs import BackendSpec
+from lora_adapters.hooks.specs import BackendSpec, TrainerSpec
 
 LORA_ADAPTERS_HOOK_API = 1
 
@@ -26,3 +26,26 @@ def lora_adapters_target_maps():
     from .targets import TARGET_MAPS
 
     return list(TARGET_MAPS)
+
+
+@hookimpl
+def lora_adapters_trainers():
+    """Train language models, encoder-decoders, classifiers and reward models on text."""
+    tasks = {
+        "causal-lm": ("CausalLM", "A causal language model on text, instructions or chats."),
+        "seq2seq": ("Seq2Seq", "An encoder-decoder that writes a target from a source: translation, summaries."),
+        "text-classification": ("Classification", "A text classifier."),
+        "reward": ("Reward", "A reward model on pairs of a better and a worse answer (TRL)."),
+    }
+    return [
+        TrainerSpec(
+            task=task,
+            summary=summary,
+            config=f"lora_adapters_transformers.recipes:{name}Recipe",
+            target=f"lora_adapters_transformers.training:{name}Runner",
+            examples="lora_adapters_transformers:examples",
+            requires=("transformers", "accelerate", "datasets", *(("trl",) if task == "reward" else ())),
+            extra="train",
+        )
+        for task, (name, summary) in tasks.items()
+    ]

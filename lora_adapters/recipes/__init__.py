@@ -1,0 +1,1 @@
+"""Recipes: what `lora-adapters train` is told, checked before anything is loaded. Importing this imports no torch."""

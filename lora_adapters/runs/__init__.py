@@ -1,0 +1,1 @@
+"""A training run: its folder, its facts, how it is stopped and shown. Tasks (`Runner`) do the training itself."""

@@ -1,0 +1,157 @@
+"""The folder of a run, and what lies where in it.
+
+    adapter/         the adapter, a PEFT checkpoint, with its model card
+    recipe.yaml      the resolved recipe: every default written out
+    metrics.jsonl    one line per logged step
+    facts.json       all that is known of the run (`RunFacts`)
+    environment.json versions and devices
+    report.html      the same to read
+    checkpoints/     what a resumed run goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, RequestError, StateError
+from .facts import RunFacts
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there two runs in one folder are not noticed.
+    fcntl = None
+
+#: Files and folders of a run. A folder that holds anything else is no run's folder and is left alone.
+ADAPTER, RECIPE, METRICS, FACTS = "adapter", "recipe.yaml", "metrics.jsonl", "facts.json"
+ENVIRONMENT, REPORT, CHECKPOINTS, LOCK = "environment.json", "report.html", "checkpoints", ".lock"
+_OURS = {ADAPTER, RECIPE, METRICS, FACTS, ENVIRONMENT, REPORT, CHECKPOINTS, LOCK, "logs"}
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: the folder; nothing is made or read yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.adapter = self.path / ADAPTER
+        self.checkpoints = self.path / CHECKPOINTS
+
+    # ---- before a run ------------------------------------------------------------------------------------------------
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that a run may begin here. Changes nothing.
+
+        Raises:
+            RequestError: the folder is a file, holds other things, or a run that is neither resumed nor overwritten; or
+                there is no run to resume.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"output {self.path} is a file: give another folder.")
+        found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if found and FACTS not in found and found - {LOCK}:
+            raise RequestError(f"output {self.path} holds other files and no run: give a new folder.")
+        if foreign := sorted(found - _OURS):
+            raise RequestError(f"output {self.path} also holds {foreign[0]!r}, which no run wrote: move it, then try again.")
+        if resume:
+            if FACTS not in found:
+                raise RequestError(f"resume=true, but there is no run in {self.path}: leave resume out to begin one.")
+            if self.facts().status == "finished":
+                raise RequestError(f"The run in {self.path} is finished: there is nothing to resume.")
+        elif FACTS in found and not overwrite:
+            raise RequestError(
+                f"output {self.path} holds a run already: set resume=true to go on with it, overwrite=true to replace it, or "
+                "give another folder."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made if missing.
+
+        Raises:
+            StateError: another process is running here.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / LOCK, "w")
+        except OSError as error:
+            raise RequestError(f"output {self.path} can't be written: {error.strerror}. Give another folder.") from error
+        with handle:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise StateError(f"Another run is at work in {self.path}: wait for it, or give another folder.") from None
+            yield
+        (self.path / LOCK).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove an earlier run's files."""
+        import shutil
+
+        for name in sorted(_OURS - {LOCK}):
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def facts(self) -> RunFacts:
+        """Return the facts that were written last."""
+        try:
+            return RunFacts.read(self.path / FACTS)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.path / FACTS} can't be read ({error}): the run in {self.path} is damaged.") from error
+
+    def write_facts(self, facts: RunFacts) -> None:
+        """Write facts.json and environment.json."""
+        write_text(self.path / FACTS, json.dumps(finite(facts.as_dict()), indent=2, ensure_ascii=False))
+        write_text(self.path / ENVIRONMENT, json.dumps(facts.environment, indent=2, ensure_ascii=False))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(dict(row)), ensure_ascii=False) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl. A last line that a killed run left half written is dropped."""
+        try:
+            lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        rows: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if line is not lines[-1]:
+                    raise CheckpointError(f"{self.path / METRICS} is damaged: a line of it is no JSON.") from None
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that lie after `step`: a resumed run writes them again."""
+        kept = [row for row in self.history() if row.get("step", 0) <= step]
+        write_text(self.path / METRICS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def finite(value: Any) -> Any:
+    """Return plain data whose numbers that are not finite are the texts "nan", "inf", "-inf", which JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
