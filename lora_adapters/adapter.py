@@ -233,7 +233,12 @@ class Adapter:
                 changes.revert()
             del _states[base]
         else:
-            state.peft_model.delete_adapter(self.name)
+            left = state.peft_model
+            was_active = self.name in left.active_adapters
+            left.delete_adapter(self.name)
+            if was_active and left.active_adapters:
+                # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
+                left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
         self._base = None
         return base

@@ -216,6 +216,18 @@ def test_a_second_adapter_stands_beside_the_first():
     assert not [m for m in model.modules() if hasattr(m, "lora_A")]
 
 
+def test_detaching_the_second_wakes_what_the_first_trains_whole():
+    model, x = net(), tokens()
+    la.attach(model, rank=4, modules_to_save=["head"], adapter_name="first")
+    perturb(model, 1)
+    with_first = model(x)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    second = la.attach(model, rank=2, adapter_name="second", targets=["0"])
+    second.detach()
+    torch.testing.assert_close(model(x), with_first, rtol=0, atol=0)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+
+
 def test_attach_to_a_users_own_peft_model():
     from peft import get_peft_model
 
