@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,20 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
             f"{twice[0]!r} is one module in several places, and stock PEFT adapts it in the first place only: restore "
             f"{folder} with lora_adapters.restore, or merge the adapter before sharing the model."
         )
-    config: Any = peft_model.peft_config[name]
+    config: Any = copy.copy(peft_model.peft_config[name])
+    config.base_model_name_or_path = config.base_model_name_or_path or _name_of(base)
+    if config.task_type is None:
+        # As stock PEFT writes it: its Auto classes find the model's class by this.
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     write_adapter(folder, config, tensors, described)
     return folder
+
+
+def _name_of(base: nn.Module) -> str | None:
+    """Return where the base was loaded from, if its framework keeps that where PEFT looks for it."""
+    name = vars(base).get("name_or_path")
+    # A path that no config may hold must not keep the adapter from being saved.
+    return name if isinstance(name, str) and 0 < len(name) <= 4096 and name.isprintable() else None
 
 
 def restore_adapter(

@@ -1,5 +1,6 @@
 """What is saved here loads in stock PEFT with identical outputs, and stock PEFT's checkpoints load here."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,3 +188,21 @@ def test_stock_peft_loads_here(name, quantization, tmp_path):
     torch.testing.assert_close(logits(adapter.model), expected, rtol=0, atol=0)
     trainable = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(p.numel() for p in adapter.parameters()) == trainable
+
+
+def test_the_saved_config_names_the_base_as_stock_peft_does(tmp_path):
+    named = tmp_path / "base"
+    llama().save_pretrained(named)
+    theirs = get_peft_model(la.load(str(named), device="cpu"), LoraConfig(target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = la.attach(la.load(str(named), device="cpu"), rank=2)
+    ours.save(tmp_path / "ours")
+    configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
+    assert [config["base_model_name_or_path"] for config in configs] == [str(named)] * 2
+    odd = tmp_path / "a\nb"
+    llama().save_pretrained(odd)
+    nameless = la.attach(la.load(str(odd), device="cpu"), rank=2)
+    nameless.save(tmp_path / "nameless")
+    la.restore(llama(), tmp_path / "nameless")
+    made = la.merge_checkpoint(None, tmp_path / "ours", tmp_path / "merged")
+    assert (made.base, made.base_from) == (str(named), "adapter")
