@@ -60,7 +60,10 @@ def attach(
             quantizer. Quantizes the base in memory, one layer at a time; heads and embeddings stay dense.
         adapter_name: a second adapter needs another name; the new one becomes the active one.
         modules_to_save: modules to train and save whole, by the ends of their names (PEFT's rule: "norm" means
-            "input_layernorm" too). None (default) takes a new task head, if the model has one.
+            "input_layernorm" too). None (default) takes a new task head, if the model has one; an empty list trains
+            none. A classifier whose head is left out gets no task_type, in the saved config too: PEFT's classes for
+            these tasks would train the head again. The head then belongs to the base and is not in the adapter's file;
+            PeftModel and AutoPeftModel load it, AutoPeftModelForSequenceClassification and its like do not.
         config: a peft.LoraConfig instead of the arguments above.
         progress: show a progress bar while quantizing; None shows it in a terminal.
         **lora_config_fields: also `layers` (block indices), `exclude` (names), `seed`, `dtype`; PEFT's names for the

@@ -202,8 +202,9 @@ def _wrap(model: nn.Module, config: LoraConfig, plan: AttachPlan) -> PeftModel:
         return cls(model, config, adapter_name=plan.request.adapter_name, autocast_adapter_dtype=False)
 
 
-def _add(peft_model: PeftModel, config: LoraConfig, name: str) -> PeftModel:
-    peft_model.add_adapter(name, config, autocast_adapter_dtype=False)
+def _add(peft_model: PeftModel, config: LoraConfig, name: str, cast: bool = False) -> PeftModel:
+    # Not the method of a class for a task: that one adds the head to what the plan says is trained whole.
+    PeftModel.add_adapter(peft_model, name, config, autocast_adapter_dtype=cast)
     return peft_model
 
 
@@ -300,7 +301,7 @@ def _inject_through_peft(
     if peft_model is None:
         peft_model = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,assignment]
     else:
-        peft_model.add_adapter(name, config)
+        peft_model = _add(peft_model, config, name, cast=True)
     assert peft_model is not None
     plain = config.init_lora_weights in (True, False, "gaussian")
     for planned, old in zip(plan.layers, before, strict=True):

@@ -22,7 +22,7 @@ from .request import ENGINE_FIELDS, AttachRequest, check_alpha, check_rank
 from .selection import Choice, select
 from .sharing import held_twice, other_names, tied_names
 from .targets import Classification, ModelInfo, candidates
-from .trained import count_trained, inside, refuse_shared, trained_names
+from .trained import count_trained, inside, refuse_shared, task_type_without_head, trained_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +46,8 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
         trained = backend.heads_to_train(base)
     whole = trained_names(base, trained)
     refuse_shared(whole, base)
+    wanted = request.peft_fields.get("task_type") or backend.task_type(base)
+    task_type, task_notes = task_type_without_head(base, whole, wanted, request)
     chosen = select(request, [n for n in info.modules if not inside(n, whole)], classes, shared.other_names)
     quantize, quantizers = assign_quantizers(info, classes, request, whole, backend, shared.tied)
     layers, skipped, specs = [], [], _LayerSpecs()
@@ -67,11 +69,11 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
         skipped=tuple(skipped),
         quantize={name: quantizers[name].name for name in quantize},
         trained=trained,
-        task_type=request.peft_fields.get("task_type") or backend.task_type(base),
+        task_type=task_type,
         total_parameters=sum(_numel(p) for p in _plain_parameters(base)),
         trained_parameters=count_trained(base, whole, request, layers),
         shared_input=classes.shared_input,
-        notes=(*notes, *classes.notes, *shared.notes(base, layers, request)),
+        notes=(*notes, *classes.notes, *task_notes, *shared.notes(base, layers, request)),
         _model=base,
         _quantizers=quantizers,
     )

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .attach_plan import PlannedLayer
 from .backends import base_of
-from .errors import NoTargetError, UnsupportedError
+from .errors import NoTargetError, RequestError, UnsupportedError
 from .request import AttachRequest
 from .sharing import places_of
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+#: PEFT's task type -> what its class for the task trains whole, asked or not, by the ends of the names.
+PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def modules_meant(model: nn.Module, key: str) -> dict[str, nn.Module]:
@@ -42,6 +51,34 @@ def trained_names(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
                 "BitsAndBytesConfig with llm_int8_skip_modules."
             )
     return tuple(found)
+
+
+def task_type_without_head(
+    model: nn.Module, trained: tuple[str, ...], task_type: str | None, request: AttachRequest
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the task type to give PEFT, and notes about it.
+
+    PEFT's classes for some tasks train the head whole, asked or not, also in a loaded adapter. Where `trained` (full
+    names) leaves the head out, no task type is the form that means the same here and in stock PEFT.
+
+    Raises:
+        RequestError: the user asked for that task type.
+    """
+    heads = (name for key in PEFT_HEADS.get(task_type or "", ()) for name in modules_meant(model, key))
+    head = next((name for name in heads if name not in trained), None)
+    if head is None:
+        return task_type, ()
+    kind = getattr(task_type, "value", task_type)
+    if request.peft_fields.get("task_type") and request.exact is None:
+        raise RequestError(
+            f"task_type={kind!r} makes PEFT train {head!r} whole, and modules_to_save leaves it out. Add it to "
+            "modules_to_save, or leave out task_type."
+        )
+    note = (
+        f"{head!r} is not trained whole, which PEFT's class for {kind} would do: the adapter gets no task type, and its "
+        "file holds no head, so load it onto a base with this one."
+    )
+    return None, (note,)
 
 
 def refuse_shared(trained: tuple[str, ...], model: nn.Module) -> None:
