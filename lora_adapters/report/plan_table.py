@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -11,8 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .plan_groups import adapted, skipped
+
 if TYPE_CHECKING:
-    from ..attach_plan import AttachPlan, PlannedLayer
+    from ..attach_plan import AttachPlan
 
 
 def size(count: float) -> str:
@@ -22,11 +23,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
-
-
-def _general(name: str) -> str:
-    """Return a module's name with its numbers as '*', so that repeated blocks share a row."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def render(plan: AttachPlan, fallbacks: Mapping[str, str] | None = None, width: int = 120) -> str:
@@ -57,15 +53,17 @@ def _layers_table(plan: AttachPlan, fallbacks: Mapping[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("role", "layers", "count", "shape", "rank", "scale", "base", "base size", "run by"):
         table.add_column(column, justify="right" if column in ("count", "rank", "scale", "base size") else "left")
-    groups: dict[tuple, list[PlannedLayer]] = {}
-    for layer in plan.layers:
-        by = fallbacks.get(layer.name) or ("PEFT's injection" if layer.engine == "peft" else "this package")
-        key = (layer.role, _general(layer.name), layer.shape, layer.rank, layer.scaling, layer.format, by)
-        groups.setdefault(key, []).append(layer)
-    for (role, name, shape, rank, scaling, fmt, by), layers in groups.items():
-        total = size(sum(layer.weight_bytes for layer in layers))
+    for group in adapted(plan, fallbacks):
         table.add_row(
-            role, name, str(len(layers)), " x ".join(map(str, shape)), str(rank), f"{scaling:g}", fmt, total, by
+            group.role,
+            group.name,
+            str(group.count),
+            " x ".join(map(str, group.shape)),
+            str(group.rank),
+            f"{group.scale:g}",
+            group.base,
+            size(group.base_bytes),
+            group.run_by,
         )
     return table
 
@@ -74,10 +72,6 @@ def _skipped_table(plan: AttachPlan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("role", "not adapted", "count", "why"):
         table.add_column(column, justify="right" if column == "count" else "left")
-    groups: dict[tuple[str, str, str], int] = {}
-    for layer in plan.skipped:
-        key = (layer.role, _general(layer.name), layer.reason)
-        groups[key] = groups.get(key, 0) + 1
-    for (role, name, reason), count in groups.items():
-        table.add_row(role, name, str(count), reason)
+    for group in skipped(plan):
+        table.add_row(group.role, group.name, str(group.count), group.reason)
     return table

@@ -1,12 +1,12 @@
 """The folder of a run, and what lies where in it.
 
-    adapter/         the adapter, a PEFT checkpoint, with its model card
-    recipe.yaml      the resolved recipe: every default written out
-    metrics.jsonl    one line per logged step
-    facts.json       all that is known of the run (`RunFacts`)
-    environment.json versions and devices
-    report.html      the same to read
-    checkpoints/     what a resumed run goes on from
+adapter/         the adapter, a PEFT checkpoint, with its model card
+recipe.yaml      the resolved recipe: every default written out
+metrics.jsonl    one line per logged step
+facts.json       all that is known of the run (`RunFacts`)
+environment.json versions and devices
+report.html      the same to read
+checkpoints/     what a resumed run goes on from
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError, StateError
+from . import checkpoints
 from .facts import RunFacts
 
 try:
@@ -29,8 +30,10 @@ except ImportError:  # Windows has no flock; there two runs in one folder are no
 
 #: Files and folders of a run. A folder that holds anything else is no run's folder and is left alone.
 ADAPTER, RECIPE, METRICS, FACTS = "adapter", "recipe.yaml", "metrics.jsonl", "facts.json"
-ENVIRONMENT, REPORT, CHECKPOINTS, LOCK = "environment.json", "report.html", "checkpoints", ".lock"
-_OURS = {ADAPTER, RECIPE, METRICS, FACTS, ENVIRONMENT, REPORT, CHECKPOINTS, LOCK, "logs"}
+ENVIRONMENT, REPORT, CHECKPOINTS = "environment.json", "report.html", "checkpoints"
+#: What TensorBoard reads.
+LOGS = "logs"
+_OURS = {ADAPTER, RECIPE, METRICS, FACTS, ENVIRONMENT, REPORT, CHECKPOINTS, LOGS}
 
 
 class RunFolder:
@@ -57,20 +60,26 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"output {self.path} is a file: give another folder.")
         found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-        if found and FACTS not in found and found - {LOCK}:
+        if found and FACTS not in found:
             raise RequestError(f"output {self.path} holds other files and no run: give a new folder.")
         if foreign := sorted(found - _OURS):
-            raise RequestError(f"output {self.path} also holds {foreign[0]!r}, which no run wrote: move it, then try again.")
+            raise RequestError(
+                f"output {self.path} also holds {foreign[0]!r}, which no run wrote: move it, then try again."
+            )
         if resume:
             if FACTS not in found:
                 raise RequestError(f"resume=true, but there is no run in {self.path}: leave resume out to begin one.")
             if self.facts().status == "finished":
                 raise RequestError(f"The run in {self.path} is finished: there is nothing to resume.")
-        elif FACTS in found and not overwrite:
+        elif not overwrite and self._worth_keeping():
             raise RequestError(
-                f"output {self.path} holds a run already: set resume=true to go on with it, overwrite=true to replace it, or "
-                "give another folder."
+                f"output {self.path} holds a run already: set resume=true to go on with it, overwrite=true to replace it, "
+                "or give another folder."
             )
+
+    def _worth_keeping(self) -> bool:
+        """Return True unless the run that was here ended before it had trained anything."""
+        return self.adapter.exists() or bool(checkpoints.checkpoints(self.checkpoints))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -81,23 +90,28 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / LOCK, "w")
+            handle = os.open(self.path, os.O_RDONLY) if fcntl is not None else None
         except OSError as error:
             raise RequestError(f"output {self.path} can't be written: {error.strerror}. Give another folder.") from error
-        with handle:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise StateError(f"Another run is at work in {self.path}: wait for it, or give another folder.") from None
+        if fcntl is None or handle is None:
             yield
-        (self.path / LOCK).unlink(missing_ok=True)
+            return
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StateError(
+                    f"Another run is at work in {self.path}: wait for it, or give another folder."
+                ) from None
+            yield
+        finally:
+            os.close(handle)
 
     def clear(self) -> None:
         """Remove an earlier run's files."""
         import shutil
 
-        for name in sorted(_OURS - {LOCK}):
+        for name in sorted(_OURS):
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -108,7 +122,9 @@ class RunFolder:
         try:
             return RunFacts.read(self.path / FACTS)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self.path / FACTS} can't be read ({error}): the run in {self.path} is damaged.") from error
+            raise CheckpointError(
+                f"{self.path / FACTS} can't be read ({error}): the run in {self.path} is damaged."
+            ) from error
 
     def write_facts(self, facts: RunFacts) -> None:
         """Write facts.json and environment.json."""
@@ -129,7 +145,7 @@ class RunFolder:
         rows: list[dict[str, Any]] = []
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                rows.append({key: _number(value) for key, value in json.loads(line).items()})
             except ValueError:
                 if line is not lines[-1]:
                     raise CheckpointError(f"{self.path / METRICS} is damaged: a line of it is no JSON.") from None
@@ -138,7 +154,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie after `step`: a resumed run writes them again."""
         kept = [row for row in self.history() if row.get("step", 0) <= step]
-        write_text(self.path / METRICS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_text(self.path / METRICS, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in kept))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -155,3 +171,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    """Undo `finite`."""
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from lora_adapters.device import pick_device
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.hooks.manager import require
 from lora_adapters.inject import quantize
@@ -143,24 +144,6 @@ def can_load(name: str, revision: str | None = None) -> bool:
 def new_weights(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the weights of a loaded model that its checkpoint did not hold: they have random values."""
     return _new_weights.get(model, ())
-
-
-def pick_device(device: str) -> torch.device:
-    """Return the device to use; "auto" takes an accelerator if there is one.
-
-    Raises:
-        RequestError: the device is not there.
-    """
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise RequestError(f"{device!r} is no device. Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(wanted.type, True):
-        raise RequestError(f"device={device!r} was asked for, but PyTorch sees no such device here. Use device='auto'.")
-    return wanted
 
 
 def read_config(name: str, options: dict[str, Any], source: dict[str, Any]) -> PretrainedConfig:

@@ -1,0 +1,90 @@
+"""Turns a failed allocation into one message: what the step takes, what there was, and settings that would fit."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..budget import FitSetting, format_size, suggest_fit
+from ..errors import DoesNotFitError, LoraAdaptersError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from ..recipes.sections import Recipe
+    from .runner import Runner
+
+#: What the CPU allocators of PyTorch, and libraries under it, say.
+_SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|cannot allocate|bad_alloc", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an allocation failed, on any device."""
+    if isinstance(error, LoraAdaptersError):
+        return False
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
+    )
+
+
+def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFitError:
+    """Return the error that says what would fit.
+
+    Args:
+        recipe, runner: what ran.
+        free: bytes that could be allocated on `device` before the model was loaded.
+        device: where it ran.
+    """
+    rows, length = runner.shape()
+    plans: dict[Any, Any] = {}
+
+    def total(batch: int, tokens: int, checkpointing: bool, quantization: Any) -> int:
+        if quantization not in plans:
+            plans[quantization] = runner.plan(quantization)
+        return runner.memory(plans[quantization], batch, tokens, checkpointing).total
+
+    asked = recipe.model.quantization
+    asked = "as asked" if isinstance(asked, dict) else asked  # a mapping is no key
+    formats = {asked: None}
+    wanted = recipe.training.gradient_checkpointing
+    try:
+        if isinstance(recipe.model.quantization, dict):
+            plans[asked] = runner.plan(recipe.model.quantization)
+        estimate = total(rows, length, wanted, asked)
+        if asked is None:
+            with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
+                plans["nf4"] = runner.plan("nf4")
+                formats["nf4"] = None
+        # The estimate may have fitted: then only less than it is a way out.
+        found = suggest_fit(
+            total, min(free, estimate - 1), batch_size=rows, sequence_length=length, quantizations=tuple(formats)
+        )
+    except LoraAdaptersError as error:
+        return DoesNotFitError(
+            f"Out of memory on {device}, where {format_size(free)} were free before the model was loaded, and a step's "
+            f"memory can't be predicted for this model ({error}). Halve training.batch_size and double "
+            "training.gradient_accumulation, set training.gradient_checkpointing=true, or model.quantization=nf4."
+        )
+    step = f"a step of {rows} x {length} takes {format_size(estimate)}" + (" by the plan" if estimate <= free else "")
+    start = f"Out of memory on {device}: {step}, and {format_size(free)} were free before the model was loaded."
+    if not found:
+        return DoesNotFitError(f"{start} No smaller batch, shorter row or 4-bit base fits: take a smaller model.")
+    ways = "; ".join(_way(recipe, setting, rows, length) for setting in found)
+    return DoesNotFitError(f"{start} Would fit: {ways}.")
+
+
+def _way(recipe: Recipe, setting: FitSetting, rows: int, length: int) -> str:
+    """Return the overrides that give a setting, ready to paste, and what it takes."""
+    overrides: list[str] = []
+    if setting.batch_size != rows:
+        overrides.append(f"training.batch_size={setting.batch_size}")
+        steps = recipe.training.gradient_accumulation * rows // setting.batch_size
+        overrides.append(f"training.gradient_accumulation={steps}")
+    if setting.sequence_length != length:
+        overrides.append(f"training.max_length={setting.sequence_length}")
+    if setting.checkpointing != recipe.training.gradient_checkpointing:
+        overrides.append(f"training.gradient_checkpointing={str(setting.checkpointing).lower()}")
+    if setting.quantization not in (recipe.model.quantization, "as asked"):
+        overrides.append(f"model.quantization={setting.quantization}")
+    return f"{' '.join(overrides)} ({format_size(setting.nbytes)})"

@@ -1,0 +1,153 @@
+"""Carries one run out: checks first, then a folder that is right whatever ends the run."""
+
+from __future__ import annotations
+
+import datetime
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LoraAdaptersError, RequestError
+from ..recipes.reading import dump, read_recipe
+from .checkpoints import newest, step_of
+from .environment import environment
+from .facts import RunFacts
+from .folder import RECIPE, REPORT, RunFolder, write_text
+from .out_of_memory import explain, is_out_of_memory
+from .progress import Progress
+from .runner import DivergedError, Run, Runner
+from .stopping import InterruptedRunError
+
+if TYPE_CHECKING:
+    from ..recipes.sections import Recipe
+
+#: Keys that a resumed run may change: they alter what is kept and told, not what is computed.
+_FREE_TO_CHANGE = {
+    "resume",
+    "overwrite",
+    "output",
+    "samples",
+    "training.log_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.report_to",
+    "training.nan",
+}
+
+
+def train(recipe: Recipe, runner: Runner, progress: Progress) -> RunFacts:
+    """Run a recipe.
+
+    Args:
+        recipe: validated.
+        runner: the task's runner, made with `recipe`.
+        progress: shows how far it is.
+
+    Returns:
+        The facts, as they were written to the run's folder.
+
+    Raises:
+        InterruptedRunError, DivergedError, DoesNotFitError, other LoraAdaptersErrors: why the run ended. Where there is
+            something to keep, the folder holds it and a report.
+    """
+    folder = RunFolder(recipe.output)
+    folder.check(resume=recipe.resume, overwrite=recipe.overwrite)
+    if recipe.resume:
+        _check_unchanged(recipe, folder)
+    runner.check()
+    with folder.locked():
+        run = _begin(recipe, folder, progress)
+        with _recorded(run, runner), run.stop:
+            runner.train(run)
+    return run.facts
+
+
+def _check_unchanged(recipe: Recipe, folder: RunFolder) -> None:
+    """Raise if the recipe would compute something else than the run it resumes."""
+    before = _flat(read_recipe(folder.path / RECIPE).model_dump(by_alias=True))
+    now = _flat(recipe.model_dump(by_alias=True))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in _FREE_TO_CHANGE and before.get(key) != now.get(key):
+            raise RequestError(
+                f"resume=true, but {key} was {before.get(key)!r} in the run in {folder.path} and is {now.get(key)!r} now: a "
+                "resumed run must go on as it began. Give the old value, or another output."
+            )
+
+
+def _flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in sections.items():
+        if isinstance(value, dict) and not prefix:
+            found |= _flat(value, f"{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _begin(recipe: Recipe, folder: RunFolder, progress: Progress) -> Run:
+    checkpoint = None
+    if recipe.resume:
+        facts = folder.facts()
+        facts.status, facts.reason = "running", ""
+        checkpoint = newest(folder.checkpoints)
+        step = step_of(checkpoint) if checkpoint is not None else 0
+        folder.rewind(step)
+        facts.resumed_from.append(step)
+        progress.say(f"resuming at step {step}" if checkpoint else "no complete checkpoint yet: starting at step 0")
+    else:
+        folder.clear()
+        facts = RunFacts(recipe.task, recipe.model.name, recipe.model.revision)
+        facts.started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts.recipe = recipe.model_dump(by_alias=True)
+    facts.environment = environment()
+    write_text(folder.path / RECIPE, dump(recipe))
+    folder.write_facts(facts)
+    return Run(recipe, folder, facts, progress, resume_from=checkpoint)
+
+
+@contextmanager
+def _recorded(run: Run, runner: Runner) -> Iterator[None]:
+    """Write down how the run ended, whatever ends it."""
+    from ..device import pick_device
+    from ..free_memory import free_memory
+
+    facts, start, earlier = run.facts, time.monotonic(), run.facts.seconds
+    device = str(pick_device(run.recipe.model.device))
+    free = free_memory(device)
+    try:
+        yield
+        facts.status = "finished"
+    except BaseException as error:
+        problem: BaseException = error
+        if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold the model, and the explanation needs memory too
+            problem = explain(run.recipe, runner, free, device)
+        facts.status, facts.reason = _ending(problem)
+        if problem is not error:
+            raise problem from error
+        raise
+    finally:
+        facts.seconds = earlier + time.monotonic() - start
+        run.progress.stop()
+        _write(run)
+
+
+def _ending(error: BaseException) -> tuple[Any, str]:
+    if isinstance(error, (InterruptedRunError, KeyboardInterrupt)):
+        return "interrupted", str(error) or "Stopped at once."
+    if isinstance(error, DivergedError):
+        return "diverged", str(error)
+    return "failed", str(error) if isinstance(error, LoraAdaptersError) else f"{type(error).__name__}: {error}"
+
+
+def _write(run: Run) -> None:
+    """Write the facts, the report, and the model card beside the adapter."""
+    from ..report.card import model_card
+    from ..report.html import render_report
+
+    run.folder.write_facts(run.facts)
+    write_text(run.folder.path / REPORT, render_report(run.facts, run.folder.history()))
+    if run.folder.adapter.is_dir():
+        write_text(run.folder.adapter / "README.md", model_card(run.facts))

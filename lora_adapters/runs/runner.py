@@ -1,0 +1,92 @@
+"""What a task must offer to `lora-adapters train`, `plan`, `eval` and `generate`, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import LoraAdaptersError
+from .facts import RunFacts, Sample
+from .folder import RunFolder
+from .progress import Progress
+from .stopping import StopSignal
+
+if TYPE_CHECKING:
+    from ..attach_plan import AttachPlan
+    from ..memory import StepMemory
+    from ..recipes.sections import Recipe
+
+
+class DivergedError(LoraAdaptersError):
+    """A gradient was not finite, and the recipe's NaN policy ended the run."""
+
+
+@dataclass
+class Run:
+    """One run, as a task sees it.
+
+    Attributes:
+        recipe: the validated recipe.
+        folder: where everything goes.
+        facts: what becomes the report; a task fills in what it knows, as it goes.
+        progress: tells how far the work is.
+        stop: whether the user asked the run to end.
+        resume_from: the checkpoint to go on from, or None.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    facts: RunFacts
+    progress: Progress
+    stop: StopSignal = field(default_factory=StopSignal)
+    resume_from: Path | None = None
+
+
+class Runner(Protocol):
+    """One task. Its class is the target of a `TrainerSpec`; it is made with the validated recipe.
+
+    The order of calls: `check`, then `plan` and `memory` or `train`; or `check` and `evaluate`; or `generate` alone.
+    """
+
+    def __init__(self, recipe: Any) -> None: ...
+
+    def check(self) -> None:
+        """Find what is wrong before a weight is loaded or a folder made: data, columns, the model's name.
+
+        Raises:
+            LoraAdaptersError: one line that says what to do.
+        """
+        ...
+
+    def shape(self) -> tuple[int, int]:
+        """Return rows and tokens per row of one forward pass in training; a task without tokens returns (rows, 1)."""
+        ...
+
+    def plan(self, quantization: Any) -> AttachPlan:
+        """Return the recipe's plan, on a model without weights, with the base stored as `quantization` says."""
+        ...
+
+    def memory(self, plan: AttachPlan, batch_size: int, length: int, checkpointing: bool) -> StepMemory:
+        """Predict a training step of that plan as the recipe computes it, on the device it would run on."""
+        ...
+
+    def train(self, run: Run) -> None:
+        """Train, and leave the adapter in `run.folder.adapter` and what is known in `run.facts`.
+
+        Raises:
+            InterruptedRunError: `run.stop` asked for it; a checkpoint and the adapter were saved.
+            DivergedError: a gradient was not finite.
+        """
+        ...
+
+    def evaluate(self, adapters: Mapping[str, Path], progress: Progress) -> dict[str, dict[str, float]]:
+        """Return name -> metrics on the recipe's eval data: of the base under the name "base", and of each adapter."""
+        ...
+
+    def generate(
+        self, adapters: Mapping[str, Path], prompts: Sequence[str], progress: Progress, **options: Any
+    ) -> list[Sample]:
+        """Return one Sample per prompt: what the base answers, and each adapter."""
+        ...

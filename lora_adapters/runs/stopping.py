@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: the first one asks the run to save and end, the second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from ..errors import LoraAdaptersError
+
+_ASKING = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedRunError(LoraAdaptersError):
+    """A signal ended the run, after everything worth keeping was saved.
+
+    Attributes:
+        exit_status: 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
+class StopSignal:
+    """Within this context a first SIGINT or SIGTERM is noted, and a second one raises KeyboardInterrupt.
+
+    Attributes:
+        requested: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals.
+            self._previous = {number: signal.signal(number, self._asked) for number in _ASKING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise InterruptedRunError if a signal came: for the stages in which there is nothing to save."""
+        if self.requested is not None:
+            raise self.error("Nothing was trained yet.")
+
+    def error(self, what: str) -> InterruptedRunError:
+        """Return the error that says which signal came, and `what` became of the run."""
+        assert self.requested is not None
+        return InterruptedRunError(f"Stopped by {self.requested.name}. {what}", self.requested)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number)
+        print("Stopping after this step, and saving; once more stops at once.", file=sys.stderr, flush=True)
