@@ -27,6 +27,7 @@ from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of
 from .checkpoint import resolve_adapter_path, write_adapter
 from .errors import CheckpointError, UnsupportedError
+from .layers.conv import SharedConv1d, SharedConv2d
 from .planning import make_plan
 from .request import AttachRequest
 from .sharing import held_twice
@@ -44,6 +45,12 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     base = peft_model.get_base_model()
     described = {"lora_adapters.base_class": type(base).__name__, **{k: str(v) for k, v in metadata.items()}}
+    if shared := _grouped(base, name):
+        inject.warn(
+            f"{shared[0]!r} is a convolution with groups ({len(shared)} such layers), for which PEFT's adapters have other "
+            f"shapes, so stock PEFT can't load {folder}: restore it with lora_adapters.restore, or merge the adapter "
+            "before sharing the model."
+        )
     if twice := held_twice(base, _layer_names(base, name)):
         described[HELD_TWICE_ENTRY] = ",".join(twice)
         inject.warn(
@@ -96,6 +103,13 @@ def checked_plan(base: nn.Module, file: AdapterFile, name: str = "default") -> A
 def _layer_names(base: nn.Module, name: str) -> list[str]:
     layers = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     return [n for n, layer in layers.items() if name in layer.lora_A or name in layer.lora_embedding_A]
+
+
+def _grouped(base: nn.Module, name: str) -> list[str]:
+    """Return the convolutions whose groups share one A, which PEFT's own layers (its DoRA, say) don't do."""
+    layers: dict[str, Any] = {n: base.get_submodule(n) for n in _layer_names(base, name)}
+    shared = (SharedConv1d, SharedConv2d)
+    return [n for n, m in layers.items() if name in m.lora_A and isinstance(m.lora_A[name], shared)]
 
 
 def _refuse_half_adapted(base: nn.Module, plan: AttachPlan, file: AdapterFile) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import lora_adapters as la
 from lora_adapters.adapter_config import CONFIG_NAME
 from lora_adapters.adapter_file import inspect_adapter
-from lora_adapters.errors import CheckpointError
+from lora_adapters.errors import CheckpointError, LoraAdaptersWarning
 from lora_adapters.portability import judge
 
 IDS = torch.arange(3, 11)[None]
@@ -111,6 +112,38 @@ def test_what_peft_asks_of_the_config(tmp_path, changes, loads):
     assert judge(inspect_adapter(tmp_path), "peft").loads == loads
 
 
+def test_saving_a_convolution_with_groups_warns(tmp_path):
+    model = net()
+    adapter = la.attach(model, rank=4, targets=["conv", "head"])
+    perturb(model)
+    with pytest.warns(LoraAdaptersWarning, match=r"'conv' is a convolution with groups.*lora_adapters.restore"):
+        adapter.save(tmp_path)
+    # If this fails, PEFT has the same form by now, and the warning can go.
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*conv\.lora_A"):
+        PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(output(la.restore(net(), tmp_path).model, tokens()), output(model, tokens()))
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (net, dict(targets=["head", "emb"])),
+        (net, dict(targets=["conv"], use_dora=True)),  # PEFT's own layer
+        (Conv, dict(targets="conv")),
+    ],
+)
+def test_saving_what_stock_peft_can_load_does_not_warn(tmp_path, build, options):
+    model = build()
+    adapter = la.attach(model, rank=4, **options)
+    perturb(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoraAdaptersWarning)
+        adapter.save(tmp_path)
+    inputs = tokens() if build is net else torch.ones(1, 8, 5)
+    torch.testing.assert_close(output(PeftModel.from_pretrained(build(), tmp_path), inputs), output(model, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*convolution with groups.*")
 def test_a_convolution_without_its_base_is_noted(tmp_path):
     la.attach(net(), rank=4, targets=["conv"]).save(tmp_path)
     verdict = judge(inspect_adapter(tmp_path), "peft")
