@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A mapping in a recipe: unknown keys and values of another type are errors, nothing is converted silently."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
@@ -64,7 +64,7 @@ class AdapterSection(Section):
 class TrainingSection(Section):
     """How to train. Times are in optimizer steps."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data."""
     max_steps: Positive | None = None
     """Stop after this many steps, whatever `epochs` says."""
