@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,8 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    progress: bool | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a base model through a backend, quantized if asked, after checking that it fits in memory.
@@ -172,6 +175,8 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator if there is one.
         revision: Hub revision.
         trust_remote_code: run code that the checkpoint brings. Off unless you trust its author.
+        progress: False keeps the backend's framework from showing progress bars meanwhile, True makes it show them; None
+            leaves that as it is set.
         **options: backend specific, such as `task="text-classification"` or `num_labels=` for transformers.
 
     Raises:
@@ -179,15 +184,22 @@ def load(
         RequestError, MissingDependencyError: a wrong argument, or a missing package.
     """
     loader = loader_for(name, backend, revision)
-    return loader.load(
-        name,
-        quantization=quantization,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    with framework_bars(loader, progress):
+        return loader.load(
+            name,
+            quantization=quantization,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+
+
+def framework_bars(loader: Any, show: bool | None) -> AbstractContextManager[None]:
+    """Return a context in which the framework of a backend shows its own progress bars or not; None changes nothing."""
+    make = getattr(loader, "progress_bars", None)
+    return nullcontext() if show is None or make is None else make(show)
 
 
 def skeleton(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import merge
 from .adapter_file import PREFIX, AdapterFile, inspect_adapter, read_adapter
-from .api import loader_for, progress_bar, restore
+from .api import framework_bars, loader_for, progress_bar, restore
 from .budget import format_size
 from .checkpoint import resolve_adapter_path
 from .errors import CheckpointError, DoesNotFitError, LoraAdaptersError, RequestError, UnsupportedError
@@ -160,7 +160,7 @@ def merge_checkpoint(
         adapter_revision=adapter_revision,
     )
     say = _Lines(progress)
-    with new_folder(folder, replace=overwrite) as stage:
+    with framework_bars(loader, progress), new_folder(folder, replace=overwrite) as stage:
         say(f"loading {source.name}")
         model = loader.load(source.name, quantization=None, dtype=dtype, device=device, **source.source, **options)
         _check_weights_known(loader, model, file, source.name)

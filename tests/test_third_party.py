@@ -103,6 +103,12 @@ def test_a_backend_that_cannot_be_used_does_not_stop_load(tmp_path):
         api.load(str(tmp_path), backend="far")
 
 
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_a_backend_without_progress_bars_is_not_asked_about_them(tmp_path, progress):
+    models.Mixer(blocks=1).save(tmp_path)
+    assert type(api.load(str(tmp_path), device="cpu", progress=progress)) is models.Mixer
+
+
 # ---- in a process of its own: plugins that are broken --------------------------------------------------------------
 
 ATTACH = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,12 @@ class TransformersBackend:
         from .loading import load
 
         return load(name, **options)
+
+    def progress_bars(self, show: bool) -> AbstractContextManager[None]:
+        """Return a context in which transformers shows its progress bars, or none."""
+        from .loading import progress_bars
+
+        return progress_bars(show)
 
     # ---- merging a saved adapter into a checkpoint: `lora_adapters.merged_checkpoint.MergingBackend` -----------------
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from lora_adapters.device import pick_device
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
@@ -127,6 +131,27 @@ def on_meta(auto: Any, config: PretrainedConfig, dtype: torch.dtype, trust_remot
         raise UnsupportedError(
             f"transformers has no {auto.__name__} of type {config.model_type!r}. Give another model, or another task."
         ) from error
+
+
+@contextmanager
+def progress_bars(show: bool) -> Iterator[None]:
+    """Within this context transformers and the Hub's client show their progress bars, or none. The whole process is meant.
+
+    HF_HUB_DISABLE_PROGRESS_BARS, where it is set, has the last word on the Hub's.
+    """
+    before, of_the_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        # Both libraries warn where that variable is set, which is nothing to tell a user who set it.
+        warnings.filterwarnings("ignore", message=".*HF_HUB_DISABLE_PROGRESS_BARS.*")
+        logging.enable_progress_bar() if show else logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*HF_HUB_DISABLE_PROGRESS_BARS.*")
+            # transformers' switch moves the Hub's too, so the Hub's own comes last.
+            logging.enable_progress_bar() if before else logging.disable_progress_bar()
+            enable_progress_bars() if of_the_hub else disable_progress_bars()
 
 
 def can_load(name: str, revision: str | None = None) -> bool:

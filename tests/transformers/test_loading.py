@@ -1,5 +1,9 @@
 """`load`: transformers' own loading, the same weights as `attach` quantizes, and refusals before weights are read."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import llama
@@ -126,3 +130,56 @@ def test_the_plan_predicts_memory(folder):
     dense = la.plan(model, rank=2).memory(batch_size=2, sequence_length=16)
     assert dense.weights > memory.weights
     assert quantized_format(model) is None
+
+
+# ---- progress bars ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("hub", [True, False])
+def test_progress_says_whether_bars_are_shown(folder, tmp_path, capfd, monkeypatch, enabled, hub):
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+
+    def switches():
+        return logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+    def bars(**options):
+        capfd.readouterr()
+        la.load(folder, device="cpu", **options)
+        assert switches() == (enabled, hub)
+        return "Loading weights" in capfd.readouterr().err
+
+    start = switches()
+    try:
+        (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+        (enable_progress_bars if hub else disable_progress_bars)()
+        assert bars() == enabled
+        assert bars(progress=True)
+        assert not bars(progress=False)
+        with pytest.raises(LoraAdaptersError):
+            la.load("nobody/has-this", backend="transformers", progress=False)
+        assert switches() == (enabled, hub)
+        la.attach(la.load(folder, device="cpu"), rank=2).save(tmp_path / "a")
+        capfd.readouterr()
+        la.merge_checkpoint(folder, tmp_path / "a", tmp_path / "out", progress=False)
+        assert capfd.readouterr().err == ""
+        assert switches() == (enabled, hub)
+    finally:
+        (logging.enable_progress_bar if start[0] else logging.disable_progress_bar)()
+        (enable_progress_bars if start[1] else disable_progress_bars)()
+
+
+def test_the_users_variable_has_the_last_word_and_nothing_is_said_about_it(folder):
+    code = (
+        "import sys, warnings; warnings.simplefilter('error', UserWarning); import lora_adapters as la; "
+        "[la.load(sys.argv[1], device='cpu', progress=show) for show in (True, False)]"
+    )
+    for value in ("0", "1"):
+        variables = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": value}
+        run = subprocess.run(
+            [sys.executable, "-c", code, folder], env=variables, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
