@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,16 +67,20 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validated(value, places)
 
 
-def validate(mapping: Mapping[str, Any], source: str = "recipe") -> Recipe:
+def validate(mapping: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Check a recipe that is a mapping already; as `read_recipe`, without lines.
 
     Args:
         mapping: what a recipe file would hold.
         source: what errors call it.
+        overrides: as for `read_recipe`.
     """
     if not isinstance(mapping, Mapping):
         raise RequestError(f"{source}: a recipe is a mapping of keys, this is {shown(mapping)}.")
-    return _validated(dict(mapping), _Places(source))
+    value, places = copy.deepcopy(dict(mapping)), _Places(source)
+    for override in overrides:
+        _override(value, places, override)
+    return _validated(value, places)
 
 
 def dump(recipe: Recipe) -> str:
