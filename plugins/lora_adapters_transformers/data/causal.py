@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_adapters.errors import RequestError
 from lora_adapters_transformers.data.chat import Chat, ChatEncoder, messages_of
 from lora_adapters_transformers.data.encoded import IGNORED, Encoded, Rows, batches, source_of
+from lora_adapters_transformers.data.plain import ended, ids_of, unended
 from lora_adapters_transformers.data.templates import Template, unknown_column
 
 if TYPE_CHECKING:
@@ -187,10 +188,10 @@ def _texts(template: Template | None, batch: list, made: Rows, tokenizer: PreTra
     kept = [(number, text) for number, text in filled if text is not None]
     for _ in range(len(filled) - len(kept)):
         made.leave_out("empty")
-    ids = _ids(tokenizer, [text for _, text in kept])
+    ids = ids_of(tokenizer, [text for _, text in kept])
     return [
-        _Made(number, ended, [True] * len(ended))
-        for (number, _), ended in zip(kept, [_ended(one, tokenizer) for one in ids], strict=True)
+        _Made(number, one, [True] * len(one))
+        for (number, _), one in zip(kept, [ended(one, tokenizer) for one in ids], strict=True)
     ]
 
 
@@ -205,11 +206,11 @@ def _pairs(
         else:
             system = "" if data.system is None else f"{data.system}\n\n"
             kept.append((number, system + pair[0] + form.gap, pair[1]))
-    prompts = [_open(ids, tokenizer) for ids in _ids(tokenizer, [prompt for _, prompt, _ in kept])]
-    completions = _ids(tokenizer, [completion for _, _, completion in kept], special=False)
+    prompts = [unended(ids, tokenizer) for ids in ids_of(tokenizer, [prompt for _, prompt, _ in kept])]
+    completions = ids_of(tokenizer, [completion for _, _, completion in kept], special=False)
     result = []
     for (number, prompt, answer), before, after in zip(kept, prompts, completions, strict=True):
-        after = _ended(after, tokenizer)
+        after = ended(after, tokenizer)
         learnt = [data.loss_on == "all"] * len(before) + [True] * len(after)
         result.append(_Made(number, before + after, learnt, prompt, answer, before))
     return result
@@ -278,18 +279,3 @@ def _tools(value: Any, row: int) -> list[Any] | None:
     except ValueError as e:
         raise RequestError(f"row {row}: column 'tools' is no JSON: {e}") from e
     return list(tools) if isinstance(tools, list) and tools else None
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []  # type: ignore[return-value]
-
-
-def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add the end token unless the tokenizer did, so that the model learns to stop."""
-    eos = tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-
-def _open(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Take off an end token that the tokenizer adds: a prompt goes on."""
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids

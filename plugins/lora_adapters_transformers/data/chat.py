@@ -6,6 +6,7 @@ as it is before generating, and up to its end; both must be prefixes of the whol
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -147,6 +148,11 @@ class ChatEncoder:
         made = zip(pairs, prompts, self.tokenize(prompts), strict=True)
         return [ChatTokens(ids, learnt, prompt, prompt_ids) for (ids, learnt), prompt, prompt_ids in made]
 
+    def whole_ids(self, chats: list[Chat]) -> list[list[int]]:
+        """Return the tokens of whole chats, ended."""
+        wholes = [self.render(chat) for chat in chats]
+        return [self._ended(whole, ids) for whole, ids in zip(wholes, self.tokenize(wholes), strict=True)]
+
     def _by_marks(self, chat: Chat) -> tuple[list[int], list[bool]]:
         import jinja2
 
@@ -183,9 +189,9 @@ class ChatEncoder:
             [(0, len(whole))] if self.learn_all else self._spans(chat, whole)
             for chat, whole in zip(chats, wholes, strict=True)
         ]
-        texts = {whole: None for whole in wholes}
-        texts.update({w[:cut]: None for w, pairs in zip(wholes, spans, strict=True) for pair in pairs for cut in pair})
-        ids = dict(zip(texts, self.tokenize(list(texts)), strict=True))
+        cut = [w[:end] for w, pairs in zip(wholes, spans, strict=True) for pair in pairs for end in pair]
+        texts = list(dict.fromkeys([*wholes, *cut]))
+        ids = dict(zip(texts, self.tokenize(texts), strict=True))
         return [self._masked(whole, pairs, ids) for whole, pairs in zip(wholes, spans, strict=True)]
 
     def _spans(self, chat: Chat, whole: str) -> list[tuple[int, int]]:
@@ -214,14 +220,17 @@ class ChatEncoder:
         if any(tokens[:place] != ids[whole[:cut]] for cut, place in zip(cuts, places, strict=True)):
             # Some token would span the end of a prompt. Generating starts after the prompt's own tokens, so cut there.
             edges = [0, *cuts, len(whole)]
-            parts = self.tokenize([whole[a:b] for a, b in zip(edges, edges[1:], strict=False)])
+            parts = self.tokenize([whole[a:b] for a, b in itertools.pairwise(edges)])
             tokens = [token for part in parts for token in part]
             places = [sum(map(len, parts[: i + 1])) for i in range(len(cuts))]
         learnt = [False] * len(tokens)
         for start, end in zip(places[::2], places[1::2], strict=True):
             learnt[start:end] = [True] * (end - start)
+        if spans[-1][1] == len(whole):
+            tokens = self._ended(whole, tokens)
+        return tokens, learnt + [True] * (len(tokens) - len(learnt))
+
+    def _ended(self, whole: str, tokens: list[int]) -> list[int]:
+        """Add the end token if the template ends the chat with none: without one the model would not learn to stop."""
         eos = self.tokenizer.eos_token_id
-        if eos is not None and spans[-1][1] == len(whole) and not whole.rstrip().endswith(self._ends):
-            # The template ends the last answer with nothing: without this the model would not learn to stop.
-            return [*tokens, eos], [*learnt, True]
-        return tokens, learnt
+        return tokens if eos is None or whole.rstrip().endswith(self._ends) else [*tokens, eos]

@@ -68,8 +68,7 @@ def _text_file(path: Path, read: Any) -> datasets.Dataset:
 
 @contextmanager
 def _open(path: Path) -> Iterator[io.TextIOBase]:
-    raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-    with raw:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
         yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
 
 
