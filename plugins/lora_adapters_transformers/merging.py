@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_adapters.adapter_file import PREFIX, AdapterFile
 from lora_adapters.errors import CheckpointError, UnsupportedError
 from lora_adapters.inspection import TASK_OF_TYPE
 
-from . import tasks
+from . import head_facts, tasks
 from .loading import auto_class, on_meta, read_config
 
 #: What tokenizers and processors of transformers read, each group whole from one folder: files that say there is one,
@@ -46,7 +47,9 @@ def adapter_options(
     task: str | None = None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Return the options of `load` that give the model a saved adapter was trained on: its task and number of labels.
+    """Return the options of `load` that give the model a saved adapter was trained on: its task and its labels.
+
+    The names of the labels, the problem type and the padding token are those of the training run, if the file has them.
 
     Args:
         name, revision, trust_remote_code: the base, as for `load`.
@@ -56,6 +59,7 @@ def adapter_options(
 
     Raises:
         UnsupportedError: the base is stored quantized, or there is no such model for the task.
+        CheckpointError: what the file says of its head is damaged, or does not fit the base.
     """
     config = read_config(name, given, {"revision": revision, "trust_remote_code": trust_remote_code})
     if getattr(config, "quantization_config", None) is not None:
@@ -64,14 +68,33 @@ def adapter_options(
             "a small update. Give the checkpoint it was quantized from."
         )
     task = task or _task(config, file.config.get("task_type"), trust_remote_code)
-    options = given if task is None else given | {"task": task}
+    known = head_facts.read(file)
+    options = _set_in_training(config, known) | given | ({} if task is None else {"task": task})
     if "num_labels" in given or "id2label" in given:
         return options
     labels = _labels(config, task, file, trust_remote_code)
-    if labels in (None, config.num_labels):
+    if labels is None:
         return options
-    # Where the base has a head of its own, that one has other classes: the adapter's takes its place.
-    return options | {"num_labels": labels, "ignore_mismatched_sizes": True}
+    if labels != config.num_labels:
+        # Where the base has a head of its own, that one has other classes: the adapter's takes its place.
+        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+    names = known.get("labels", ())
+    if len(names) == labels:
+        options.pop("num_labels", None)
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    return options
+
+
+def _set_in_training(config: PretrainedConfig, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the base's config, but for the labels, that were different when the head was trained."""
+    fields = {n: known[n] for n in ("problem_type", "pad_token_id") if n in known and hasattr(config, n)}
+    words = getattr(tasks.text_config(config), "vocab_size", None)
+    if words is not None and fields.get("pad_token_id", 0) >= words:
+        raise CheckpointError(
+            f"The adapter was trained with the padding token {fields['pad_token_id']}, and this base knows {words} tokens. "
+            "Give the base that the adapter was trained on."
+        )
+    return {name: value for name, value in fields.items() if getattr(config, name) != value}
 
 
 def _skeleton(config: PretrainedConfig, task: str | None, trust_remote_code: bool) -> PreTrainedModel:

@@ -29,6 +29,15 @@ def lora_adapters_target_maps():
 
 
 @hookimpl
+def lora_adapters_saving(adapter, path, metadata):
+    """Keep what the outputs of a trained head mean, which PEFT's files don't say."""
+    if adapter.plan.backend == "transformers" and adapter.plan.trained:
+        from .head_facts import to_save
+
+        metadata.update(to_save(adapter.base))
+
+
+@hookimpl
 def lora_adapters_trainers():
     """Train language models, encoder-decoders, classifiers and reward models on text."""
     tasks = {
