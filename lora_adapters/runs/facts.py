@@ -105,6 +105,7 @@ class RunFacts:
         higher_is_better: of those metrics, which ones.
         throughput: per second, such as {"tokens": 1200.0, "rows": 3.1}.
         skipped_steps: steps whose gradient was not finite, left out by `nan: skip`.
+        labels: of a classifier, names of its classes in the order of its outputs.
         samples, tables: what a task adds.
         adapter_bytes: size of the saved adapter.
     """
@@ -136,6 +137,7 @@ class RunFacts:
     higher_is_better: list[str] = field(default_factory=list)
     throughput: dict[str, float] = field(default_factory=dict)
     skipped_steps: int = 0
+    labels: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     adapter_bytes: int = 0

@@ -1,0 +1,317 @@
+"""The model card of an adapter: the README.md of its folder, in the Hub's conventions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from .html import changes
+from .readable import as_number, duration, number, share, text, words
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+    from ..runs.facts import DataFacts, RunFacts
+
+#: Task -> how the Hub files it.
+PIPELINES = {
+    "causal-lm": "text-generation",
+    "seq2seq": "text2text-generation",
+    "text-classification": "text-classification",
+    "reward": "text-classification",
+    "image-classification": "image-classification",
+    "dreambooth": "text-to-image",
+}
+#: Task -> transformers' class for the base. Other tasks are shown with `restore` alone.
+_AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+_STATUS = {
+    "running": "Training had not finished when this card was written.",
+    "interrupted": "Training was interrupted before its end.",
+    "diverged": "Training diverged; the adapter is the last one whose values were finite.",
+    "failed": "Training failed before its end.",
+}
+#: Settings that say nothing about the result.
+_NOT_TOLD = {"log_every", "save_every", "keep_checkpoints", "eval_every", "report_to", "compile", "nan"}
+#: Files that data is read from; a name that ends like this is no dataset of the Hub.
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".arrow", ".gz", ".zst")
+#: Labels are written out in the code up to this many.
+_FEW_LABELS = 20
+
+
+def model_card(facts: RunFacts, files_base: str | Path | None = None) -> str:
+    """Return the card as Markdown with a YAML header. No path of this machine, no sample and no row of the data is in it.
+
+    Args:
+        facts: what is known of the run.
+        files_base: the folder that relative paths in the recipe start from; None is the current one. It tells a local
+            folder from a name on the Hub.
+    """
+    folder = Path(files_base or ".")
+    body = [
+        f"# {_text(_title(facts, folder))}",
+        _opening(facts, folder),
+        _results(facts),
+        _data(facts, folder),
+        _hyperparameters(facts),
+        _adapted(facts),
+        _loading(facts, folder),
+        _versions(facts),
+    ]
+    return f"---\n{_header(facts, folder).to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+
+
+# ---- header ----------------------------------------------------------------------------------------------------------
+
+
+def _header(facts: RunFacts, folder: Path) -> ModelCardData:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    pipeline = PIPELINES.get(facts.task)
+    on_hub = {_one_line(part.source): part for part in facts.data if _is_on_hub(part.source, folder)}
+    evaluated = next((part for part in facts.data if part.name == "eval"), facts.data[-1] if facts.data else None)
+    results = [
+        EvalResult(
+            task_type=pipeline or _one_line(facts.task),
+            dataset_type=_one_line(evaluated.source) if evaluated and evaluated.source in on_hub else "custom",
+            dataset_name=_source_name(evaluated, folder) if evaluated else "evaluation data",
+            metric_type=_one_line(name),
+            metric_value=value,
+            metric_name=words(_one_line(name)),
+        )
+        for name, raw in facts.after.items()
+        if (value := as_number(raw)) is not None and math.isfinite(value)
+    ]
+    return ModelCardData(
+        base_model=facts.base if _is_on_hub(facts.base, folder) else None,
+        datasets=list(on_hub) or None,
+        library_name="peft",
+        pipeline_tag=pipeline,
+        tags=["lora", "lora_adapters", _one_line(facts.task)],
+        eval_results=results or None,
+        model_name=_title(facts, folder) if results else None,
+    )
+
+
+# ---- body ------------------------------------------------------------------------------------------------------------
+
+
+def _title(facts: RunFacts, folder: Path) -> str:
+    return f"{_base_name(facts, folder).rpartition('/')[2]}-lora-{_one_line(facts.task)}"
+
+
+def _opening(facts: RunFacts, folder: Path) -> str:
+    name = _text(_base_name(facts, folder))
+    if _is_on_hub(facts.base, folder):
+        revision = f" (revision {_text(facts.revision)})" if facts.revision else ""
+        base = f"[{name}](https://huggingface.co/{facts.base}){revision}"
+    else:
+        base = f"a model from a local folder named {name}"
+    said = [f"A LoRA adapter for {base}, trained for {_text(facts.task)}."]
+    if facts.trainable_parameters:
+        part = share(facts.trainable_parameters, facts.total_parameters)
+        said.append(f"It has {number(facts.trainable_parameters)} trained values, {part} of the model's.")
+    if quantization := _recipe(facts, "model").get("quantization"):
+        said.append(f"While training, the base was stored quantized ({_text(_plain(quantization))}).")
+    if facts.status in _STATUS:
+        done = f" {number(facts.steps)} of {number(facts.total_steps)} steps were done." if facts.total_steps else ""
+        said.append(f"\n\n> **{_STATUS[facts.status]}**{done}")
+    return " ".join(said).replace(" \n", "\n")
+
+
+def _results(facts: RunFacts) -> str:
+    found = changes(facts)
+    if not found:
+        return ""
+    rows = [
+        (words(row.name), row.before, row.after, f"{row.change} {row.relative}".strip(), row.verdict) for row in found
+    ]
+    return "## Results\n\n" + _table(("metric", "base", "with adapter", "change", ""), rows, right=(1, 2, 3))
+
+
+def _data(facts: RunFacts, folder: Path) -> str:
+    if not facts.data:
+        return ""
+    rows = [(part.name, _source_name(part, folder), number(part.rows)) for part in facts.data]
+    return "## Data\n\n" + _table(("part", "source", "rows"), rows, right=(2,))
+
+
+def _hyperparameters(facts: RunFacts) -> str:
+    rows = [
+        (words(name), _plain(value))
+        for section in ("adapter", "training")
+        for name, value in _recipe(facts, section).items()
+        if value is not None and name not in _NOT_TOLD
+    ]
+    done = [("steps done", number(facts.steps)), ("epochs done", number(round(facts.epochs, 2)))]
+    if facts.seconds:
+        done.append(("training time", duration(facts.seconds)))
+    if facts.skipped_steps:
+        done.append(("steps skipped (gradient not finite)", number(facts.skipped_steps)))
+    return "## Training\n\n" + _table(("setting", "value"), [*rows, *done])
+
+
+def _adapted(facts: RunFacts) -> str:
+    if not facts.adapted and not facts.trained:
+        return ""
+    parts = ["## What was adapted"]
+    if facts.adapted:
+        rows = [
+            (group.role, group.name, number(group.count), number(group.rank), number(group.scale), group.base)
+            for group in facts.adapted
+        ]
+        parts.append(_table(("role", "layers", "count", "rank", "scale", "base"), rows, right=(2, 3, 4)))
+    if facts.trained:
+        parts.append(f"Trained and saved whole: {', '.join(_text(name) for name in facts.trained)}.")
+    return "\n\n".join(parts)
+
+
+def _loading(facts: RunFacts, folder: Path) -> str:
+    on_hub = _is_on_hub(facts.base, folder)
+    base = facts.base if on_hub else f"path/to/{_base_name(facts, folder)}"
+    where = [f"base = {_literal(base)}", 'adapter = "path/or/name/of/this/adapter"']
+    source = _arguments(
+        revision=facts.revision if on_hub else None,
+        trust_remote_code=_recipe(facts, "model").get("trust_remote_code") or None,
+    )
+    ours = _arguments(
+        task=facts.task if facts.task in _AUTO else None,
+        **_head(facts),
+        quantization=_recipe(facts, "model").get("quantization"),
+    )
+    parts = ["## How to load it"]
+    if peft := _peft_code(facts, source):
+        parts += ["With PEFT:", _code([*peft[0], "", *where, *peft[1]])]
+    if facts.task != "dreambooth":  # A pipeline is no module: load and restore have no one-line form for it.
+        code = ["import lora_adapters as la", "", *where, f"model = la.load(base{source}{ours})"]
+        parts.append("With lora_adapters, which checks the files against the base first:")
+        parts.append(_code([*code, "la.restore(model, adapter)"]))
+    return "\n\n".join(parts)
+
+
+def _peft_code(facts: RunFacts, source: str) -> tuple[list[str], list[str]] | None:
+    """Return imports and statements."""
+    if facts.task == "dreambooth":
+        return ["from diffusers import AutoPipelineForText2Image", "from peft import PeftModel"], [
+            f"pipe = AutoPipelineForText2Image.from_pretrained(base{source})",
+            'part = "unet" if hasattr(pipe, "unet") else "transformer"',
+            "setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), adapter))",
+        ]
+    if facts.task not in _AUTO:
+        return None
+    auto = _AUTO[facts.task]
+    prepares = "AutoImageProcessor" if facts.task == "image-classification" else "AutoTokenizer"
+    name = "processor" if facts.task == "image-classification" else "tokenizer"
+    labels = [_one_line(label) for label in facts.labels]
+    options = _arguments(**_head(facts))
+    before = []
+    if labels and facts.task != "reward" and len(labels) <= _FEW_LABELS:
+        before = [
+            f"labels = [{', '.join(_literal(label) for label in labels)}]",
+            'names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}',
+        ]
+        options = ", **names, ignore_mismatched_sizes=True"
+    return ["from peft import PeftModel", f"from transformers import {', '.join(sorted((auto, prepares)))}"], [
+        *before,
+        f"model = {auto}.from_pretrained(base{source}{options})",
+        "model = PeftModel.from_pretrained(model, adapter)",
+        f"{name} = {prepares}.from_pretrained(base{source})",
+    ]
+
+
+def _head(facts: RunFacts) -> dict[str, Any]:
+    """Return the options that give the base a head like the one that the adapter brings."""
+    labels = 1 if facts.task == "reward" else len(facts.labels)
+    return {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
+
+
+def _versions(facts: RunFacts) -> str:
+    rows = [(name, _plain(value)) for name, value in facts.environment.items()]
+    return "## Made with\n\n" + _table(("what", "version"), rows) if rows else ""
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def _is_on_hub(name: str, folder: Path) -> bool:
+    """Return True if `name` is written as a Hub name is, and no file or folder here goes by it."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name, flags=re.ASCII):
+        return False
+    if ".." in name or "--" in name or name.endswith((".git", *_DATA_FILES)):
+        return False
+    return not (folder / name).exists()
+
+
+def _base_name(facts: RunFacts, folder: Path) -> str:
+    return facts.base if _is_on_hub(facts.base, folder) else _last_part(facts.base)
+
+
+def _source_name(part: DataFacts, folder: Path) -> str:
+    return part.source if _is_on_hub(part.source, folder) else _last_part(part.source)
+
+
+def _last_part(path: str) -> str:
+    """Return a file's or folder's own name, of a path of either kind of system."""
+    return PurePosixPath(PureWindowsPath(_one_line(path)).as_posix()).name or "data"
+
+
+def _recipe(facts: RunFacts, section: str) -> Mapping[str, Any]:
+    found = facts.recipe.get(section)
+    return found if isinstance(found, Mapping) else {}
+
+
+# ---- text that holds whatever a person wrote -------------------------------------------------------------------------
+
+
+def _one_line(value: str) -> str:
+    """Return the text without line breaks and other control characters."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", value).split())
+
+
+def _text(value: str) -> str:
+    """Return text that means itself in Markdown, also in a table."""
+    return re.sub(r"([\\`*_{}\[\]<>|~$&#!])", r"\\\1", _one_line(value))
+
+
+def _plain(value: Any) -> str:
+    """Return a setting as text; of a path only the last part."""
+    if isinstance(value, str):
+        is_path = value.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", value)
+        return _last_part(value) if is_path else value
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value)
+    return text(value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else text(value)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+    lines = [header, tuple("---:" if i in right else "---" for i in range(len(header)))]
+    lines += [tuple(_text(str(cell)) for cell in row) for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(lines: list[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _literal(value: Any) -> str:
+    """Return a Python literal on one line that can't end the block of code it stands in."""
+    if isinstance(value, str):
+        return json.dumps(_one_line(value), ensure_ascii=True).replace("`", "\\u0060")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _arguments(**given: Any) -> str:
+    return "".join(f", {name}={_literal(value)}" for name, value in given.items() if value is not None)
