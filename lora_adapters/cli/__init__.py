@@ -9,15 +9,28 @@ import click
 
 from .. import __version__
 
-#: Command -> (module here, one line for --help).
-_COMMANDS = {
-    "plan": ("plan", "Show what an adapter would be, what training it takes, and what fits a GPU."),
-    "inspect": ("inspect", "Show what an adapter file holds, check it, and say where it loads."),
-    "merge": ("merge", "Merge a saved adapter into its base and write a plain model."),
-    "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
-    "demo": ("demo", "Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes."),
-    "plugins": ("plugins", "List the installed plugins and what became of each."),
+#: Section of --help -> command -> (module here, one line).
+_SECTIONS = {
+    "Train": {
+        "recipes": ("recipes", "List the tasks, and the recipes to start from."),
+        "new": ("new", "Write a recipe to start from, with comments that say what to change."),
+        "schema": ("schema", "Print the JSON Schema of recipes, for editors."),
+        "train": ("train", "Train the adapter that a recipe describes; writes a folder with a report."),
+        "plan": ("plan", "Show what an adapter would be, what training it takes, and what fits a GPU."),
+    },
+    "Use": {
+        "eval": ("eval", "Measure the base and saved adapters on the same data, side by side."),
+        "generate": ("generate", "Show what the base and saved adapters answer to the same prompts."),
+        "inspect": ("inspect", "Show what an adapter file holds, check it, and say where it loads."),
+        "merge": ("merge", "Merge a saved adapter into its base and write a plain model."),
+    },
+    "About this installation": {
+        "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
+        "plugins": ("plugins", "List the installed plugins and what became of each."),
+        "demo": ("demo", "Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes."),
+    },
 }
+_COMMANDS = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
 
 
 class _LazyGroup(click.Group):
@@ -40,8 +53,11 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                # Padded, so that all sections have the same columns.
+                width = max(map(len, _COMMANDS))
+                formatter.write_dl([(f"{name:{width}}", line) for name, (_, line) in commands.items()])
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
+from typing import Any
 
 import click
 
+from .output import Output, output_options
+
 
 @click.command("plugins")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(as_json: bool) -> None:
+@output_options
+def command(output: Output) -> None:
     """List the installed plugins: ready, needs a package, broken (and why) or blocked."""
     from ..hooks.manager import plugins
+    from ..hooks.specs import TrainerSpec
 
-    status = plugins().status()
-    if as_json:
-        click.echo(json.dumps([asdict(s) for s in status], indent=2))
-        return
-    for plugin in status:
-        detail = f": {plugin.detail}" if plugin.detail else ""
-        click.echo(f"{plugin.name:16} {plugin.state + detail:24} {plugin.origin}  ({', '.join(plugin.hooks)})")
+    tasks: dict[str, list[str]] = {}
+    for plugin, spec in plugins().collect("lora_adapters_trainers", TrainerSpec):
+        tasks.setdefault(plugin, []).append(spec.task)
+    facts = [asdict(status) | {"tasks": tasks.get(status.name, [])} for status in plugins().status()]
+    output.show(facts, lambda: _print(facts))
+
+
+def _print(facts: list[dict[str, Any]]) -> None:
+    for plugin in facts:
+        detail = f": {plugin['detail']}" if plugin["detail"] else ""
+        brings = ", ".join([*plugin["hooks"], *(f"task {task}" for task in plugin["tasks"])])
+        click.echo(f"{plugin['name']:16} {plugin['state'] + detail:24} {plugin['origin']}  ({brings})")

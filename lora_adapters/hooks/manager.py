@@ -57,10 +57,18 @@ def load_object(target: str) -> Any:
 
 def require(packages: Iterable[str], extra: str, purpose: str) -> None:
     """Raise MissingDependencyError if one of `packages` can't be imported, naming the extra that installs it."""
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        hint = f"pip install 'lora-adapters[{extra}]'" if extra else f"pip install {' '.join(missing)}"
-        raise MissingDependencyError(f"{purpose} needs {', '.join(missing)}: {hint}")
+    if missing := missing_packages(packages):
+        raise MissingDependencyError(f"{purpose} needs {', '.join(missing)}: {install_hint(missing, extra)}")
+
+
+def missing_packages(packages: Iterable[str]) -> list[str]:
+    """Return those of `packages` (import names) that are not installed. Nothing is imported."""
+    return [package for package in packages if find_spec(package) is None]
+
+
+def install_hint(missing: Iterable[str], extra: str) -> str:
+    """Return the command that installs what is missing, through an extra of this distribution if there is one."""
+    return f"pip install 'lora-adapters[{extra}]'" if extra else f"pip install {' '.join(missing)}"
 
 
 class PluginManager:
@@ -196,7 +204,7 @@ class PluginManager:
         specs = self.collect("lora_adapters_backends", BackendSpec)
         specs += self.collect("lora_adapters_quantizers", QuantizerSpec)
         for name, spec in specs:
-            missing = [package for package in spec.requires if find_spec(package) is None]
+            missing = missing_packages(spec.requires)
             if missing and self._status[name].state == "ready":
                 self._status[name].state, self._status[name].detail = "needs", ", ".join(missing)
         return sorted(self._status.values(), key=lambda s: s.name)

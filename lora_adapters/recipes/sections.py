@@ -79,14 +79,17 @@ class TrainingSection(Section):
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Below 1 a share of all steps, else a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Share of each weight that a step takes off, times the learning rate."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     optimizer: Literal["adamw", "adamw_8bit", "sgd", "adafactor"] = "adamw"
+    """adamw_8bit keeps its state in a quarter of the memory; it needs bitsandbytes."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the computation; auto is bfloat16 on a GPU that has it, float16 on one that has not, float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Less memory, about a third more time."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything random: A's start, the order of rows, dropout, the rows held out."""
     nan: Literal["stop", "skip", "raise"] = "stop"
     """At a gradient that is not finite: stop and keep the last finite adapter, skip the step, or raise at once."""
     log_every: Positive = 10
@@ -107,11 +110,17 @@ class Recipe(Section):
     """A whole recipe. A task derives its own, with `task` as a Literal and its own `data` and `training`."""
 
     schema_version: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    """Version of the format."""
     task: str
+    """What to train."""
     model: ModelSection
+    """The base model."""
     adapter: AdapterSection = AdapterSection()
+    """The adapter."""
     data: Any
+    """What to train on."""
     training: TrainingSection = TrainingSection()
+    """How to train."""
     output: str
     """Folder of the run. A new one, unless resume or overwrite say otherwise."""
     resume: bool = False

@@ -6,6 +6,7 @@ schema of YAML 1.2 holds, and what no recipe needs (tags, anchors, several docum
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,3 +196,23 @@ _Dumper.add_representer(str, _represent_text)
 def emit(value: Any) -> str:
     """Write plain values as YAML, in their order; `parse` gives them back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31, default_flow_style=False)
+
+
+def replace(text: str, path: KeyPath, value: Any) -> str:
+    """Return a document with the value at `path` replaced by a text, number, true, false or None, all else untouched.
+
+    Raises:
+        KeyError: there is no such path.
+    """
+    loader = _Loader(text)
+    try:
+        node: Any = loader.get_single_node()
+    finally:
+        loader.dispose()
+    for key in path:
+        inner = {name.value: child for name, child in node.value} if isinstance(node, MappingNode) else {}
+        node = inner[key]
+    new = emit({"a": value})[len("a: ") :].rstrip("\n")
+    if isinstance(value, str) and new[0] not in "'\"" and re.search(r"[,\[\]{}]", new):
+        new = json.dumps(value, ensure_ascii=False)  # a plain text in a flow mapping would end at a comma or bracket
+    return text[: node.start_mark.index] + new + text[node.end_mark.index :]

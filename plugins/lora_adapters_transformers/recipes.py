@@ -134,8 +134,11 @@ class CausalLMRecipe(Recipe):
     """Fine-tune a causal language model on text, instructions or chats."""
 
     task: Literal["causal-lm"]
+    """What to train."""
     data: CausalLMData
+    """What to train on."""
     training: CausalLMTraining = CausalLMTraining()
+    """How to train."""
     samples: Annotated[int, Field(ge=0, le=50)] = 3
     """Evaluation prompts to answer before and after training, for the report."""
 
@@ -144,8 +147,11 @@ class Seq2SeqRecipe(Recipe):
     """Fine-tune an encoder-decoder to write a target from a source."""
 
     task: Literal["seq2seq"]
+    """What to train."""
     data: Seq2SeqData
+    """What to train on."""
     training: Seq2SeqTraining = Seq2SeqTraining()
+    """How to train."""
     samples: Annotated[int, Field(ge=0, le=50)] = 3
     """Evaluation sources to answer before and after training, for the report."""
 
@@ -154,8 +160,11 @@ class ClassificationRecipe(Recipe):
     """Fine-tune a text classifier."""
 
     task: Literal["text-classification"]
+    """What to train."""
     data: ClassificationData
+    """What to train on."""
     training: TextTraining = TextTraining()
+    """How to train."""
     samples: Annotated[int, Field(ge=0, le=50)] = 5
     """Evaluation texts to show with their predictions in the report."""
 
@@ -164,7 +173,10 @@ class RewardRecipe(Recipe):
     """Train a reward model on pairs of answers."""
 
     task: Literal["reward"]
+    """What to train."""
     data: RewardData
+    """What to train on."""
     training: RewardTraining = RewardTraining()
+    """How to train."""
     samples: Annotated[int, Field(ge=0, le=50)] = 3
     """Evaluation pairs to show with their rewards in the report."""

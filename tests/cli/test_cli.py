@@ -45,6 +45,8 @@ def test_plugins_are_listed():
     assert "lora_adapters_backends" in rows["transformers"]
     listed = json.loads(run("plugins", "--json").stdout)
     assert {plugin["name"] for plugin in listed} == set(rows)
+    assert "causal-lm" in {plugin["name"]: plugin["tasks"] for plugin in listed}["transformers"]
+    assert run("plugins", "--quiet").stdout == ""
 
 
 def test_a_blocked_plugin_is_listed_as_blocked():
