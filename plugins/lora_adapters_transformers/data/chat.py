@@ -6,7 +6,6 @@ as it is before generating, and up to its end; both must be prefixes of the whol
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_adapters.errors import RequestError
+from lora_adapters_transformers.data.boundaries import Boundaries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +111,7 @@ class ChatEncoder:
         self.tokenizer, self.learn_all = tokenizer, learn_all
         self.marked = bool(_MARKS.search(tokenizer.get_chat_template()))
         ends = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        self.boundaries = Boundaries(tokenizer)
         self._ends = tuple(sorted(ends | {tokenizer.eos_token or ""} - {""}))
 
     def render(self, chat: Chat, stop: int | None = None, prompt: bool = False) -> str:
@@ -141,10 +142,12 @@ class ChatEncoder:
             RequestError: the template refuses a chat, or the answers can't be told from the rest of it.
         """
         prompts = [self.render(chat, chat.turns[-1], prompt=True) for chat in chats]
-        if self.marked and not self.learn_all:
-            pairs = [self._by_marks(chat) for chat in chats]
+        if not self.marked and not self.learn_all:
+            return self._by_prefixes(chats, prompts)
+        if self.learn_all:
+            pairs = [(ids, [True] * len(ids)) for ids in self.whole_ids(chats)]
         else:
-            pairs = self._by_prefixes(chats)
+            pairs = [self._by_marks(chat) for chat in chats]
         made = zip(pairs, prompts, self.tokenize(prompts), strict=True)
         return [ChatTokens(ids, learnt, prompt, prompt_ids) for (ids, learnt), prompt, prompt_ids in made]
 
@@ -183,16 +186,19 @@ class ChatEncoder:
         start = runs[earlier]
         return [flag and i >= start for i, flag in enumerate(learnt)]
 
-    def _by_prefixes(self, chats: list[Chat]) -> list[tuple[list[int], list[bool]]]:
+    def _by_prefixes(self, chats: list[Chat], prompts: list[str]) -> list[ChatTokens]:
         wholes = [self.render(chat) for chat in chats]
-        spans = [
-            [(0, len(whole))] if self.learn_all else self._spans(chat, whole)
-            for chat, whole in zip(chats, wholes, strict=True)
-        ]
-        cut = [w[:end] for w, pairs in zip(wholes, spans, strict=True) for pair in pairs for end in pair]
-        texts = list(dict.fromkeys([*wholes, *cut]))
-        ids = dict(zip(texts, self.tokenize(texts), strict=True))
-        return [self._masked(whole, pairs, ids) for whole, pairs in zip(wholes, spans, strict=True)]
+        made = []
+        for chat, whole, prompt, tokens in zip(chats, wholes, prompts, self.boundaries.of(wholes), strict=True):
+            spans = self._spans(chat, whole)
+            places = tokens.places([cut for span in spans for cut in span])
+            learnt = [False] * len(tokens.ids)
+            for start, end in zip(places[::2], places[1::2], strict=True):
+                learnt[start:end] = [True] * (end - start)
+            ids = self._ended(whole, tokens.ids) if spans[-1][1] == len(whole) else tokens.ids
+            learnt += [True] * (len(ids) - len(learnt))
+            made.append(ChatTokens(ids, learnt, prompt, ids[: places[-2]]))
+        return made
 
     def _spans(self, chat: Chat, whole: str) -> list[tuple[int, int]]:
         """Return where in the rendered chat each turn to learn begins and ends, its end token included."""
@@ -210,25 +216,6 @@ class ChatEncoder:
             end = len(written) if written.endswith(self._ends) and len(written) > len(before) else len(after)
             spans.append((len(before), end))
         return spans
-
-    def _masked(
-        self, whole: str, spans: list[tuple[int, int]], ids: dict[str, list[int]]
-    ) -> tuple[list[int], list[bool]]:
-        cuts = [cut for span in spans for cut in span]
-        tokens = ids[whole]
-        places = [len(ids[whole[:cut]]) for cut in cuts]
-        if any(tokens[:place] != ids[whole[:cut]] for cut, place in zip(cuts, places, strict=True)):
-            # Some token would span the end of a prompt. Generating starts after the prompt's own tokens, so cut there.
-            edges = [0, *cuts, len(whole)]
-            parts = self.tokenize([whole[a:b] for a, b in itertools.pairwise(edges)])
-            tokens = [token for part in parts for token in part]
-            places = [sum(map(len, parts[: i + 1])) for i in range(len(cuts))]
-        learnt = [False] * len(tokens)
-        for start, end in zip(places[::2], places[1::2], strict=True):
-            learnt[start:end] = [True] * (end - start)
-        if spans[-1][1] == len(whole):
-            tokens = self._ended(whole, tokens)
-        return tokens, learnt + [True] * (len(tokens) - len(learnt))
 
     def _ended(self, whole: str, tokens: list[int]) -> list[int]:
         """Add the end token if the template ends the chat with none: without one the model would not learn to stop."""
