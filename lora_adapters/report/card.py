@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .html import changes
-from .readable import as_number, duration, number, share, text, words
+from .readable import as_number, duration, number, share, text, words, writable
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -67,7 +67,8 @@ def model_card(facts: RunFacts, files_base: str | Path | None = None) -> str:
         _loading(facts, folder),
         _versions(facts),
     ]
-    return f"---\n{_header(facts, folder).to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+    header = f"---\n{_header(facts, folder).to_yaml()}\n---"
+    return writable("\n\n".join([header, *(part for part in body if part)]) + "\n")
 
 
 # ---- header ----------------------------------------------------------------------------------------------------------

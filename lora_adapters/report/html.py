@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..budget import format_size
 from .charts import charts
-from .readable import as_number, duration, moment, number, share, text, words
+from .readable import as_number, duration, moment, number, share, text, words, writable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -75,7 +75,7 @@ def render_report(facts: RunFacts, history: list[dict[str, Any]]) -> str:
         "breakable": _breakable,
     }
     label, kind = _STATUS[facts.status]
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         facts=facts,
         status=label,
         kind=kind,
@@ -88,6 +88,7 @@ def render_report(facts: RunFacts, history: list[dict[str, Any]]) -> str:
         tables=[(table, _numeric_columns(table)) for table in facts.tables],
         recipe=_as_yaml(facts.recipe),
     )
+    return writable(page)
 
 
 def key_numbers(facts: RunFacts) -> list[tuple[str, str, str]]:

@@ -69,6 +69,11 @@ def moment(iso: str) -> str:
     return f"{day} {time[:5]} UTC" if separator and time.endswith(("Z", "+00:00")) else iso
 
 
+def writable(document: str) -> str:
+    """Return the text with "?" for halves of characters, which JSON data may hold and no file can."""
+    return document.encode("utf-8", "replace").decode("utf-8")
+
+
 def words(name: str) -> str:
     """Return a name in snake case as words, for headings: "eval_accuracy" is "eval accuracy"."""
     return name.replace("_", " ")

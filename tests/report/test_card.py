@@ -12,7 +12,7 @@ import lora_adapters as la
 from lora_adapters.report.card import PIPELINES, model_card
 from lora_adapters.runs.facts import AdaptedGroup, DataFacts, RunFacts
 
-EVIL = "a|b`c\n---\n# head\n```\n<script>alert(1)</script>: [x](http://y) *z* \u2028{{q}}"
+EVIL = "\ud83d a|b`c\n---\n# head\n```\n<script>alert(1)</script>: [x](http://y) *z* \u2028{{q}}"
 
 
 def code_of(card: str) -> list[str]:
@@ -121,6 +121,7 @@ def test_no_text_breaks_the_card(make_facts):
     for task in (EVIL, *PIPELINES):
         facts.task = task
         text = model_card(facts)
+        text.encode("utf-8")
         header, body = re.fullmatch(r"---\n(.*?)\n---\n\n(.*)", text, flags=re.DOTALL).groups()
         assert yaml.safe_load(header)["tags"][:2] == ["lora", "lora_adapters"]
         assert [result.metric_value for result in ModelCard(text).data.eval_results] == [2.0]

@@ -140,6 +140,13 @@ def test_sample_text_is_shown_as_it_is(make_facts):
     assert code in page.text
 
 
+def test_half_a_character_can_be_written(make_facts, tmp_path):
+    facts = make_facts(samples=[Sample("s", [("prompt", "a\ud83db\0c")])], recipe={"text": "\ud83d"})
+    path = tmp_path / "report.html"
+    path.write_text(render_report(facts, []), encoding="utf-8")
+    assert "a?b" in Page(path.read_text(encoding="utf-8")).text
+
+
 def test_nothing_is_fetched(make_facts, make_history):
     html = render_report(make_facts(), make_history())
     page = Page(html)
