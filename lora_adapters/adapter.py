@@ -159,20 +159,21 @@ class Adapter:
             repo_id: "name/repo"; created if missing.
             private: make a new repository private.
             token: Hub token; None takes the one of the login.
-            options: passed to `huggingface_hub.HfApi.upload_folder`.
+            options: passed to `huggingface_hub.HfApi.upload_folder`: revision, commit_message, create_pr, ...
 
         Returns:
             The commit's address.
+
+        Raises:
+            HubError: no token, no permission, or the Hub can't be reached.
         """
         import tempfile
 
-        from huggingface_hub import HfApi
+        from .hub import plan_upload, upload
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            api = HfApi(token=token)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+            return upload(plan_upload(folder), repo_id, private=private, token=token, **options)
 
     # ---- merging and leaving -----------------------------------------------------------------------------------------
 

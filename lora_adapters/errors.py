@@ -51,3 +51,7 @@ class LoraAdaptersWarning(UserWarning):
 
 class MergeError(LoraAdaptersError, ValueError):
     """An adapter can't be merged, or merging it would give broken weights. Nothing was merged."""
+
+
+class HubError(LoraAdaptersError, OSError):
+    """The Hub refuses something or can't be reached. The message says what to do."""

@@ -23,6 +23,7 @@ _SECTIONS = {
         "generate": ("generate", "Show what the base and saved adapters answer to the same prompts."),
         "inspect": ("inspect", "Show what an adapter file holds, check it, and say where it loads."),
         "merge": ("merge", "Merge a saved adapter into its base and write a plain model."),
+        "push": ("push", "Upload an adapter to the Hub, or list what would go up."),
     },
     "About this installation": {
         "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
