@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import RequestError
 from .output import Output, output_options, print_facts, print_table
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ _COMPUTE = {"auto": None, "float32": None, "bfloat16": "bfloat16", "float16": "f
 
 
 @click.command("plan")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--rank", default=16, show_default=True, type=int, help="Rank of A and B.")
 @click.option("--alpha", type=float, help="Scale times rank; the rank itself if left out.")
 @click.option(
@@ -41,94 +44,134 @@ _COMPUTE = {"auto": None, "float32": None, "bfloat16": "bfloat16", "float16": "f
 @click.option("--revision", help="Hub revision.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings.")
 @output_options
+@click.pass_context
 def command(
-    model: str,
-    gpu: str | None,
-    batch_size: int,
-    sequence_length: int,
-    checkpointing: bool,
-    optimizer: str,
-    compute: str,
-    device: str,
-    output: Output,
-    rank: int,
-    alpha: float | None,
-    targets: str,
-    quantization: str | None,
-    **source: Any,
+    context: click.Context, model: str, overrides: tuple[str, ...], gpu: str | None, output: Output, **options: Any
 ) -> None:
     """Show what an adapter on MODEL (a folder or a Hub name) would be, and the memory that training it takes.
 
     The model's config is read, its weights are not. With --gpu the exit status is 1 if the step does not fit.
+
+    Of a RECIPE (a .yaml file, with KEY=VALUE changes as for train) everything is taken from it but --device and --gpu.
     """
     from ..budget import parse_size
 
     limit = None if gpu is None else parse_size(gpu)
+    if Path(model).suffix in (".yaml", ".yml"):
+        step = _recipe_step(context, model, overrides, limit, options, output)
+    elif overrides:
+        raise RequestError(f"{overrides[0]!r}: only a recipe (a .yaml file) takes key=value; a model takes options.")
+    else:
+        step = _model_step(model, options, output)
+    made = step.planned(step.quantization)
+    predicted = step.memory(made, step.batch_size, step.length, step.checkpointing)
+    facts = _facts(made, predicted)
+    if limit is not None:
+        fits = predicted.total <= limit
+        settings = [] if fits else _settings(step, limit)
+        facts["gpu"] = {"bytes": limit, "fits": fits, "settings": settings}
+    output.show(facts, lambda: _print(made, predicted, facts.get("gpu"), (step.batch_size, step.length)))
+    if limit is not None and predicted.total > limit:
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A training step to plan: what it is, and how to plan and predict it with other settings."""
+
+    quantization: Any
+    batch_size: int
+    length: int
+    checkpointing: bool
+    planned: Callable[[Any], AttachPlan]
+    memory: Callable[[AttachPlan, int, int, bool], StepMemory]
+
+
+def _model_step(model: str, options: dict[str, Any], output: Output) -> _Step:
+    from ..api import plan, skeleton
+
+    source = {k: options[k] for k in ("task", "dtype", "revision", "trust_remote_code") if options[k] is not None}
     output.say(f"building {model} without its weights")
-    base = _skeleton(model, source)
-    asked = {"rank": rank, "alpha": alpha, "targets": targets}
-
-    def planned(fmt: str | None) -> AttachPlan:
-        from ..api import plan
-
-        return plan(base, **asked, quantization=fmt)
+    base = skeleton(model, **source)
+    asked = {"rank": options["rank"], "alpha": options["alpha"], "targets": options["targets"]}
 
     def memory(made: AttachPlan, rows: int, length: int, checkpointed: bool) -> StepMemory:
         import torch
 
         output.say(f"predicting {rows} x {length}{', checkpointed' if checkpointed else ''}")
-        autocast = _COMPUTE[compute]
+        autocast = _COMPUTE[options["compute"]]
         return made.memory(
             rows,
             length,
-            optimizer=optimizer,
+            optimizer=options["optimizer"],
             autocast=autocast and getattr(torch, autocast),
-            device=device,
+            device=options["device"],
             checkpointing=checkpointed or None,
         )
 
-    made = planned(quantization)
-    step = memory(made, batch_size, sequence_length, checkpointing)
-    facts = _facts(made, step)
-    if limit is not None:
-        fits = step.total <= limit
-        settings = [] if fits else _settings(planned, memory, limit, batch_size, sequence_length, quantization)
-        facts["gpu"] = {"bytes": limit, "fits": fits, "settings": settings}
-    output.show(facts, lambda: _print(made, step, facts.get("gpu"), (batch_size, sequence_length)))
-    if limit is not None and step.total > limit:
-        raise SystemExit(1)
+    return _Step(
+        options["quantization"],
+        options["batch_size"],
+        options["sequence_length"],
+        options["checkpointing"],
+        lambda fmt: plan(base, **asked, quantization=fmt),
+        memory,
+    )
 
 
-def _skeleton(model: str, source: dict[str, Any]) -> Any:
-    from ..api import skeleton
+def _recipe_step(
+    context: click.Context,
+    path: str,
+    overrides: tuple[str, ...],
+    limit: int | None,
+    options: dict[str, Any],
+    output: Output,
+) -> _Step:
+    for name in options:
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name != "device":
+            flag = f"--{name.replace('_', '-')}"
+            raise RequestError(f"{flag} is for a model; a recipe says it itself: change it as key=value.")
+    from ..recipes.reading import read_recipe
+    from ..runs.runner import runner_for
 
-    given = {key: value for key, value in source.items() if value is not None}
-    return skeleton(model, **given)
+    recipe = read_recipe(path, overrides)
+    output.say(f"reading the data, and building {recipe.model.name} without its weights")
+    runner = runner_for(recipe)
+    runner.check()
+    chosen = context.get_parameter_source("device") is click.core.ParameterSource.COMMANDLINE
+    device = options["device"] if chosen or limit is not None else None
+
+    def memory(made: AttachPlan, rows: int, length: int, checkpointed: bool) -> StepMemory:
+        output.say(f"predicting {rows} x {length}{', checkpointed' if checkpointed else ''}")
+        return runner.memory(made, rows, length, checkpointed, device)
+
+    return _Step(
+        recipe.model.quantization, *runner.shape(), recipe.training.gradient_checkpointing, runner.plan, memory
+    )
 
 
-def _settings(
-    planned: Callable[[str | None], AttachPlan],
-    memory: Callable[[AttachPlan, int, int, bool], StepMemory],
-    limit: int,
-    batch_size: int,
-    sequence_length: int,
-    quantization: str | None,
-) -> list[dict[str, Any]]:
+def _settings(step: _Step, limit: int) -> list[dict[str, Any]]:
     from ..budget import suggest_fit
     from ..errors import MissingDependencyError
 
-    plans = {quantization: planned(quantization)}
-    if quantization is None:
+    plans = {_name(step.quantization): step.planned(step.quantization)}
+    if step.quantization is None:
         with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
-            plans["nf4"] = planned("nf4")
+            plans["nf4"] = step.planned("nf4")
 
     def total(rows: int, length: int, checkpointed: bool, fmt: str | None) -> int:
-        return memory(plans[fmt], rows, length, checkpointed).total
+        return step.memory(plans[fmt], rows, length, checkpointed).total
 
     found = suggest_fit(
-        total, limit, batch_size=batch_size, sequence_length=sequence_length, quantizations=tuple(plans)
+        total, limit, batch_size=step.batch_size, sequence_length=step.length, quantizations=tuple(plans)
     )
     return [asdict(setting) for setting in found]
+
+
+def _name(quantization: Any) -> str | None:
+    """A mapping of roles is no key."""
+    return quantization if quantization is None or isinstance(quantization, str) else "as asked"
 
 
 def _facts(made: AttachPlan, step: StepMemory) -> dict[str, Any]:

@@ -92,7 +92,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY) if fcntl is not None else None
         except OSError as error:
-            raise RequestError(f"output {self.path} can't be written: {error.strerror}. Give another folder.") from error
+            raise RequestError(
+                f"output {self.path} can't be written: {error.strerror}. Give another folder."
+            ) from error
         if fcntl is None or handle is None:
             yield
             return
@@ -133,7 +135,7 @@ class RunFolder:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+        with open(self.path / METRICS, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(finite(dict(row)), ensure_ascii=False) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
@@ -160,7 +162,7 @@ class RunFolder:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # data may hold half a surrogate pair
     os.replace(beside, path)
 
 

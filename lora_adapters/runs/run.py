@@ -54,9 +54,9 @@ def train(recipe: Recipe, runner: Runner, progress: Progress) -> RunFacts:
     """
     folder = RunFolder(recipe.output)
     folder.check(resume=recipe.resume, overwrite=recipe.overwrite)
+    runner.check()  # which also writes into the recipe what it finds in the data, such as a classifier's labels
     if recipe.resume:
         _check_unchanged(recipe, folder)
-    runner.check()
     with folder.locked():
         run = _begin(recipe, folder, progress)
         with _recorded(run, runner), run.stop:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import LoraAdaptersError
+from ..hooks.manager import load_object, plugins
 from .facts import RunFacts, Sample
 from .folder import RunFolder
 from .progress import Progress
@@ -44,6 +45,11 @@ class Run:
     resume_from: Path | None = None
 
 
+def runner_for(recipe: Recipe) -> Runner:
+    """Return the runner of a validated recipe's task."""
+    return load_object(plugins().trainers()[recipe.task].target)(recipe)
+
+
 class Runner(Protocol):
     """One task. Its class is the target of a `TrainerSpec`; it is made with the validated recipe.
 
@@ -52,8 +58,11 @@ class Runner(Protocol):
 
     def __init__(self, recipe: Any) -> None: ...
 
-    def check(self) -> None:
+    def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
         """Find what is wrong before a weight is loaded or a folder made: data, columns, the model's name.
+
+        Args:
+            parts: which parts of the data are needed.
 
         Raises:
             LoraAdaptersError: one line that says what to do.
@@ -68,8 +77,14 @@ class Runner(Protocol):
         """Return the recipe's plan, on a model without weights, with the base stored as `quantization` says."""
         ...
 
-    def memory(self, plan: AttachPlan, batch_size: int, length: int, checkpointing: bool) -> StepMemory:
-        """Predict a training step of that plan as the recipe computes it, on the device it would run on."""
+    def memory(
+        self, plan: AttachPlan, batch_size: int, length: int, checkpointing: bool, device: str | None = None
+    ) -> StepMemory:
+        """Predict a training step of that plan as the recipe computes it, on a kind of device that need not be here.
+
+        Args:
+            device: "cuda", "cpu", ...; None means the recipe's.
+        """
         ...
 
     def train(self, run: Run) -> None:

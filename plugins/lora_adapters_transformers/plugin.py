@@ -51,7 +51,7 @@ def lora_adapters_trainers():
             task=task,
             summary=summary,
             config=f"lora_adapters_transformers.recipes:{name}Recipe",
-            target=f"lora_adapters_transformers.training:{name}Runner",
+            target=f"lora_adapters_transformers.training.{task.replace('-', '_')}:{name}Runner",
             examples="lora_adapters_transformers:examples",
             requires=("transformers", "accelerate", "datasets", *(("trl",) if task == "reward" else ())),
             extra="train",

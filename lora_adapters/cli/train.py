@@ -1,0 +1,67 @@
+"""`lora-adapters train`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .output import Output, output_options, print_facts, print_table
+
+if TYPE_CHECKING:
+    from ..runs.facts import RunFacts
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@output_options
+def command(recipe: str, overrides: tuple[str, ...], output: Output) -> None:
+    """Train the adapter that RECIPE describes, and write one folder: adapter, metrics, report.
+
+    KEY=VALUE changes a key of the recipe, such as training.epochs=3. Ctrl-C and SIGTERM save and exit; the same command
+    with resume=true goes on from there, exactly.
+
+    Exit status: 0 trained, 1 an error or a run that diverged, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    from ..recipes.reading import read_recipe
+
+    checked = read_recipe(recipe, overrides)
+    from ..runs.progress import Progress
+    from ..runs.run import train
+    from ..runs.runner import runner_for
+    from ..runs.stopping import InterruptedRunError
+
+    progress = Progress(quiet=output.quiet or output.as_json)
+    progress.say(f"{checked.task} on {checked.model.name}: loading PyTorch and the task's packages")
+    try:
+        facts = train(checked, runner_for(checked), progress)
+    except InterruptedRunError as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(error.exit_status) from None
+    output.show(facts.as_dict(), lambda: _print(facts, checked.output))
+
+
+def _print(facts: RunFacts, folder: str) -> None:
+    from ..budget import format_size
+    from ..runs.progress import duration
+
+    names = dict.fromkeys([*facts.before, *facts.after])
+    if names:
+        rows = [(name, _number(facts.before.get(name)), _number(facts.after.get(name))) for name in names]
+        print_table(rows, ("on the eval data", "base", "adapter"))
+    print_facts(
+        {
+            "steps": facts.steps,
+            "time": duration(facts.seconds),
+            **{f"{name} per second": f"{rate:,.1f}" for name, rate in facts.throughput.items()},
+            "trained": f"{facts.trainable_parameters:,} of {facts.total_parameters:,} values",
+            "peak memory": format_size(facts.memory_measured.get("peak", 0)),
+            "adapter": f"{folder}/adapter ({format_size(facts.adapter_bytes)})",
+            "report": f"{folder}/report.html",
+        }
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

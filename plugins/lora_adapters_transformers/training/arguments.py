@@ -1,0 +1,101 @@
+"""A recipe's `training:` as transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.errors import RequestError
+from lora_adapters.hooks.manager import require
+from lora_adapters.recipes.sections import TrainingSection
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "sgd": "sgd", "adafactor": "adafactor"}
+#: Where to report -> the package that Trainer's reporting needs.
+_REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_training(training: TrainingSection) -> None:
+    """Raise if a package that the recipe asks for is missing."""
+    for name in training.report_to:
+        require((_REPORTERS[name],), "", f"training.report_to: {name}")
+    if training.optimizer == "adamw_8bit":
+        require(("bitsandbytes",), "bnb", "training.optimizer: adamw_8bit")
+
+
+def compute_dtype(training: TrainingSection, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, or None to compute in the weights' own.
+
+    Raises:
+        RequestError: the device can't.
+    """
+    if training.precision == "float32":
+        return None
+    if training.precision == "auto":
+        if device.type != "cuda":
+            return None
+        # Planning for a GPU that is not here: today's have it.
+        native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if training.precision == "float16" and device.type == "cpu":
+        raise RequestError("training.precision: float16 needs a GPU; on a CPU take bfloat16, float32 or auto.")
+    return getattr(torch, training.precision)
+
+
+def steps_in_all(training: TrainingSection, rows: int) -> int:
+    """Return the number of optimizer steps, as Trainer counts them."""
+    if training.max_steps is not None:
+        return training.max_steps
+    batches = math.ceil(rows / training.batch_size)
+    return max(1, math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation)))
+
+
+def training_arguments(
+    training: TrainingSection, folder: Path, rows: int, evaluates: bool, device: torch.device
+) -> dict[str, Any]:
+    """Return the keyword arguments of TrainingArguments (or a class derived from it).
+
+    Args:
+        training: the recipe's.
+        folder: where checkpoints go.
+        rows: rows of the training data.
+        evaluates: there is eval data.
+        device: where the model is.
+    """
+    dtype = compute_dtype(training, device)
+    total = steps_in_all(training, rows)
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": training.warmup,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": _OPTIMIZERS[training.optimizer],
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
+        "seed": training.seed,
+        "torch_compile": training.compile,
+        "logging_strategy": "steps",
+        "logging_steps": training.log_every,
+        "logging_first_step": True,
+        # A loss that is not finite must be seen; a skipped step's is left out of the mean.
+        "logging_nan_inf_filter": training.nan == "skip",
+        "save_strategy": "steps",
+        "save_steps": training.save_every or max(1, math.ceil(total / 10)),
+        "save_total_limit": None,  # lora_adapters.runs.checkpoints prunes, once the new one is whole
+        "eval_strategy": "steps" if training.eval_every and evaluates else "no",
+        "eval_steps": training.eval_every,
+        "report_to": training.report_to,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
+    }

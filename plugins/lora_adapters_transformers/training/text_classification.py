@@ -1,0 +1,92 @@
+"""The task text-classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding
+
+from lora_adapters.errors import RequestError
+from lora_adapters.runs.progress import Progress
+
+from ..data.classification import check_classification, encode_classification
+from ..data.tables import read_data
+from .measures import Collate, Measured, classification, evaluating
+from .runner import TextRunner
+
+#: Labels that an answer names with their probabilities.
+_NAMED = 3
+
+
+class ClassificationRunner(TextRunner):
+    """Fine-tunes a text classifier."""
+
+    task = "text-classification"
+    higher_is_better = ("accuracy", "macro_f1")
+
+    def encode_data(self, parts: Sequence[str]) -> None:
+        """Read, check and tokenize; the label names become part of the recipe. See `TextRunner.encode_data`."""
+        data, training = self.recipe.data, self.recipe.training
+        train, held_out = read_data(data, training.seed)
+        for rows in (train, held_out):
+            if rows is not None:
+                check_classification(data, rows.column_names)
+        if "train" in parts:
+            self.train_rows = encode_classification(train, data, training, self.tokenizer)
+            data.labels = self.train_rows.label_names
+        if held_out is not None:
+            self.eval_rows = encode_classification(held_out, data, training, self.tokenizer, name="eval")
+
+    @property
+    def labels(self) -> list[str]:
+        """The label names, in the order of the head's outputs."""
+        labels = self.recipe.data.labels
+        if labels is None:
+            raise RequestError("data.labels: give the label names in the order the adapter was trained with.")
+        return labels
+
+    def model_options(self) -> dict[str, Any]:
+        """Ask for a head with these labels; a head of other labels is replaced by a new one."""
+        names = dict(enumerate(self.labels))
+        return {
+            "task": self.task,
+            "id2label": names,
+            "label2id": {name: i for i, name in names.items()},
+            "ignore_mismatched_sizes": True,
+            "problem_type": "single_label_classification",
+        }
+
+    def preview(self, progress: Progress) -> None:
+        """Show the first row and its label."""
+        assert self.train_rows is not None
+        row = self.train_rows.rows[0]
+        progress.say(f"first row, label {self.labels[row['labels']]!r}: {row['text'][:200]!r}")
+
+    def collator(self, training: bool) -> Collate:
+        """Pad ids with the pad token."""
+        pad = DataCollatorWithPadding(self.tokenizer)
+        return lambda rows: dict(pad([{k: v for k, v in row.items() if k != "text"} for row in rows]))
+
+    def measure(self, model: Any, rows: Any) -> Measured:
+        """Return loss, accuracy and macro F1."""
+        size = self.recipe.training.batch_size
+        return classification(model, rows, self.labels, size, self.collator(False), self.autocast)
+
+    def samples(self, model: Any, count: int, measured: Measured | None) -> list[list[tuple[str, str]]]:
+        """Show the first texts with their true and predicted labels."""
+        assert self.eval_rows is not None
+        assert measured is not None
+        return [
+            [("text", row["text"]), ("label", self.labels[row["labels"]]), ("predicted", measured.outputs[i])]
+            for i, row in enumerate(self.eval_rows.rows.select(range(count)))
+        ]
+
+    def respond(self, model: Any, prompt: str, **_: Any) -> str:
+        """Return the likeliest labels of one text with their probabilities."""
+        batch = self.tokenizer(prompt, truncation=True, max_length=self.recipe.training.max_length, return_tensors="pt")
+        with evaluating(model, self.autocast) as device:
+            logits = model(**batch.to(device)).logits[0].float()
+        values, indices = torch.softmax(logits, -1).topk(min(_NAMED, len(self.labels)))
+        return ", ".join(f"{self.labels[i]} {p:.1%}" for p, i in zip(values.tolist(), indices.tolist(), strict=True))
