@@ -125,7 +125,8 @@ class _LabelIds:
         self.names = data.labels or names or self.own or _sorted({str(label) for label in found})
         self._ids = {label: i for i, label in enumerate(self.names)}
         indices = {str(i): i for i in range(len(self.names))}
-        if data.labels and self.own is None and not found & set(self._ids) and found <= set(indices):
+        numbers = all(label.lstrip("-").isdigit() for label in found if label is not None)
+        if data.labels and self.own is None and numbers and not found & set(self._ids):
             self._ids = indices
         if len(self.names) < 2:
             raise RequestError(

@@ -1,9 +1,9 @@
 """Templates: what they fill, what they leave out, and what they say of a wrong name."""
 
 import pytest
+from lora_adapters_transformers.data.templates import Template
 
 from lora_adapters.errors import RequestError
-from lora_adapters_transformers.data.templates import Template
 
 COLUMNS = ["question", "answer", "a.b"]
 
