@@ -13,22 +13,22 @@ from .. import __version__
 _SECTIONS = {
     "Train": {
         "recipes": ("recipes", "List the tasks, and the recipes to start from."),
-        "new": ("new", "Write a recipe to start from, with comments that say what to change."),
+        "new": ("new", "Write a recipe whose comments say what to change."),
+        "plan": ("plan", "Show what an adapter would be, what it takes, what fits a GPU."),
+        "train": ("train", "Train what a recipe describes; writes a folder with a report."),
         "schema": ("schema", "Print the JSON Schema of recipes, for editors."),
-        "train": ("train", "Train the adapter that a recipe describes; writes a folder with a report."),
-        "plan": ("plan", "Show what an adapter would be, what training it takes, and what fits a GPU."),
     },
     "Use": {
-        "eval": ("eval", "Measure the base and saved adapters on the same data, side by side."),
+        "eval": ("eval", "Measure the base and saved adapters on the same data."),
         "generate": ("generate", "Show what the base and saved adapters answer to the same prompts."),
-        "inspect": ("inspect", "Show what an adapter file holds, check it, and say where it loads."),
+        "inspect": ("inspect", "Show what an adapter file holds, check it, say where it loads."),
         "merge": ("merge", "Merge a saved adapter into its base and write a plain model."),
         "push": ("push", "Upload an adapter to the Hub, or list what would go up."),
     },
     "About this installation": {
         "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
         "plugins": ("plugins", "List the installed plugins and what became of each."),
-        "demo": ("demo", "Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes."),
+        "demo": ("demo", "Fine-tune a text encoder in 4 bits here, in a few minutes."),
     },
 }
 _COMMANDS = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
@@ -61,7 +61,11 @@ class _LazyGroup(click.Group):
                 formatter.write_dl([(f"{name:{width}}", line) for name, (_, line) in commands.items()])
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Begin with: lora-adapters recipes",
+)
 @click.version_option(__version__, prog_name="lora-adapters")
 @click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
 @click.pass_context

@@ -3,6 +3,7 @@
 import json
 from importlib.metadata import entry_points
 
+import click
 import pytest
 from helpers import run_cli as run
 
@@ -92,3 +93,11 @@ def test_any_other_error_keeps_its_traceback():
     assert done.returncode == 1
     assert "TypeError: 'NoneType' object is not callable" in done.stderr
     assert done.stderr.startswith("Traceback")
+
+
+@pytest.mark.parametrize("name", cli._COMMANDS)
+def test_every_command_takes_json_and_quiet(name):
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    assert command is not None
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--json", "--quiet"} <= options
