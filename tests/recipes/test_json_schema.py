@@ -58,7 +58,8 @@ def test_every_key_is_there_and_described(task):
         assert made["additionalProperties"] is False
         assert made["description"]
         for name, one in made["properties"].items():
-            assert "$ref" in one or (one["title"] and one["description"]), name
+            section = any(key in one for key in ("$ref", "allOf"))  # pydantic 2.8 wraps a $ref that has a default
+            assert section or (one["title"] and one["description"]), name
 
 
 def test_an_unknown_task():
