@@ -31,6 +31,11 @@ BARE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
 _SPECIAL = [
     "<pad>",
     "<s>",
@@ -44,35 +49,41 @@ _SPECIAL = [
 
 
 @cache
-def _trained(vocabulary: int) -> str:
+def _trained(vocabulary: int, metaspace: str | None) -> str:
     import argparse
     import inspect
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    if metaspace is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=metaspace)
+        alphabet = [chr(code) for code in [10, *range(33, 127)]]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(inspect.getsource(argparse).splitlines(keepends=True), trainer)
     return tokenizer.to_str()
 
 
-def make_tokenizer(folder=None, chat_template=None, bos=False, eos=False, eos_token="</s>", vocabulary=512):
+def make_tokenizer(
+    folder=None, chat_template=None, bos=False, eos=False, eos_token="</s>", vocabulary=512, metaspace=None
+):
     """Return a fast tokenizer; saved to `folder`, if given, so that AutoTokenizer loads it.
 
+    metaspace: "first", "always" or "never": blanks are marked as in Llama 2 and T5, not bytes as in GPT-2; ASCII only.
     bos, eos: it adds <s> before and </s> after each text itself. eos_token: such as "<|im_end|>" for ChatML.
     The pad token has id 0, <s> 1 and </s> 2.
     """
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer.from_str(_trained(vocabulary))
+    inner = Tokenizer.from_str(_trained(vocabulary, metaspace))
     if bos or eos:
         single = f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}"
         pair = f"{single} $B:1{' </s>:1' if eos else ''}"

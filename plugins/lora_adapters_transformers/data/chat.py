@@ -191,13 +191,14 @@ class ChatEncoder:
         made = []
         for chat, whole, prompt, tokens in zip(chats, wholes, prompts, self.boundaries.of(wholes), strict=True):
             spans = self._spans(chat, whole)
-            places = tokens.places([cut for span in spans for cut in span])
+            places = tokens.places(spans)
             learnt = [False] * len(tokens.ids)
-            for start, end in zip(places[::2], places[1::2], strict=True):
+            for start, end in places:
                 learnt[start:end] = [True] * (end - start)
             ids = self._ended(whole, tokens.ids) if spans[-1][1] == len(whole) else tokens.ids
             learnt += [True] * (len(ids) - len(learnt))
-            made.append(ChatTokens(ids, learnt, prompt, ids[: places[-2]]))
+            prompt_ids = self.boundaries.ids_of(prompt) if tokens.parted else ids[: places[-1][0]]
+            made.append(ChatTokens(ids, learnt, prompt, prompt_ids))
         return made
 
     def _spans(self, chat: Chat, whole: str) -> list[tuple[int, int]]:

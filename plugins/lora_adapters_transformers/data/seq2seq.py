@@ -60,12 +60,13 @@ def encode_seq2seq(
         for (number, a, b), ids, labels in zip(kept, sources, targets, strict=True):
             labels = ended(labels, tokenizer)
             limit = training.max_target_length
-            # Both are looked at, so that a row with two long texts counts once.
-            over = max(len(ids) - training.max_length, len(labels) - limit)
-            if over > 0:
-                which = (len(labels), limit, "max_target_length") if len(ids) <= training.max_length else (len(ids),)
-                if not made.keeps(which[0], number, *which[1:]):
-                    continue
+            if len(ids) > training.max_length:
+                keeps = made.keeps(len(ids), number)
+            else:
+                keeps = made.keeps(len(labels), number, limit, "max_target_length")
+            if not keeps:
+                continue
+            if len(ids) > training.max_length or len(labels) > limit:
                 ids = tokenizer(a, truncation=True, max_length=training.max_length)["input_ids"]
                 labels = tokenizer(text_target=b, truncation=True, max_length=limit)["input_ids"]
                 if labels[-1] != tokenizer.eos_token_id:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lora_adapters_transformers.data.chat import Chat, ChatEncoder, messages_of
-from small_tokenizers import BARE, CHATML, LLAMA3, MARKED, THINKING, make_tokenizer
+from small_tokenizers import BARE, CHATML, LLAMA2, LLAMA3, MARKED, THINKING, make_tokenizer
 
 from lora_adapters.errors import RequestError
 
@@ -134,16 +134,37 @@ def test_a_chat_that_opens_with_the_assistant():
         assert runs(tokens, tokenizer) == ["yes<|im_end|>"]
 
 
-def test_a_tokenizer_without_offsets():
-    """Slow tokenizers go by the tokens of prefixes; the same tokenizer both ways gives the same."""
-    messages = user_and("one") + user_and("\ntwo")
-    fast = ChatEncoder(CHATML_TOKENIZER).encode([Chat(1, messages)])[0]
-    encoder = ChatEncoder(CHATML_TOKENIZER)
-    texts = encoder.boundaries.of([encoder.render(Chat(1, messages))])
-    cuts = [len(fast.prompt_text)]
-    with_offsets = texts[0].places(cuts)
-    texts[0]._ends = None
-    assert texts[0].places(cuts) == with_offsets
+@pytest.mark.parametrize("tokenizer", [CHATML_TOKENIZER, LLAMA3_TOKENIZER, BARE_TOKENIZER])
+def test_a_slow_tokenizer_gives_what_a_fast_one_does(tokenizer):
+    """Slow ones have no offsets and go by the tokens of prefixes."""
+    chats = [Chat(1, user_and("one") + user_and("two\n")), Chat(2, user_and("  three"))]
+    fast, slow = ChatEncoder(tokenizer), ChatEncoder(tokenizer)
+    slow.boundaries.fast = False
+    assert slow.encode(chats) == fast.encode(chats)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_tokenizer_that_marks_blanks_as_llama2_does(scheme):
+    """Its template has no end token of a turn's own; what is learnt is each answer and </s>, and the text is unchanged."""
+    tokenizer = make_tokenizer(chat_template=LLAMA2, metaspace=scheme)
+    messages = user_and("the parser") + user_and("more args")
+    tokens = ChatEncoder(tokenizer).encode([Chat(1, messages)])[0]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokens.input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert [run.strip() for run in runs(tokens, tokenizer)] == ["the parser </s>", "more args </s>"]
+    assert tokens.input_ids[: len(tokens.prompt_ids)] == tokens.prompt_ids
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_such_a_tokenizer_with_a_prompt_that_ends_in_a_blank(scheme):
+    tokenizer = make_tokenizer(chat_template=BARE, metaspace=scheme)
+    messages = user_and("the parser") + user_and("more args")
+    tokens = ChatEncoder(tokenizer).encode([Chat(1, messages)])[0]
+    prompts = [tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True, tokenize=False) for n in (1, 3)]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    assert [run.strip() for run in runs(tokens, tokenizer)] == ["the parser", "more args\n</s>"]
+    assert tokens.input_ids[: tokens.learnt.index(True)] == ids[0]
+    assert tokens.prompt_ids == ids[1]
 
 
 def test_refusals():
