@@ -67,7 +67,7 @@ def _why_missing(plugin: str) -> str:
 
     status = next((status for status in plugins().status() if status.name == plugin), None)
     if status is None:
-        return f"comes with the plugin {plugin!r}, which is not part of this installation"
+        return f"comes with the plugin {plugin!r}, which is not part of this version"
     if status.state == "blocked":
         return f"comes with the plugin {plugin!r}, which is blocked ({status.detail})"
     if status.state == "broken":
