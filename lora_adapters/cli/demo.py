@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from .output import Output, output_options
 
 if TYPE_CHECKING:
     from .demo_classification import ClassificationResult
@@ -20,12 +24,16 @@ MIB = 2**20
 class _Lines:
     """Prints a line when a stage begins, and at each quarter of it: tidy in a terminal and in a log."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.start, self.seen = quiet, time.perf_counter(), ("", -1)
+    def __init__(self, output: Output) -> None:
+        self.output, self.start, self.seen = output, time.perf_counter(), ("", -1)
 
     def say(self, line: str) -> None:
-        if not self.quiet:
-            click.echo(f"[{time.perf_counter() - self.start:4.0f} s] {line}")
+        self.output.say(f"[{time.perf_counter() - self.start:4.0f} s] {line}")
+
+    def show(self, table: Callable[[], None]) -> None:
+        """Print a table as soon as it is known; JSON is printed once, at the end."""
+        if not self.output.as_json:
+            self.output.show(None, table)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         quarter = 4 * done // max(1, total)
@@ -37,26 +45,28 @@ class _Lines:
 
 @click.command("demo")
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
-@click.option("--quiet", is_flag=True, help="Print the tables only.")
-def command(seed: int, quiet: bool) -> None:
+@output_options
+def command(seed: int, output: Output) -> None:
     """Fine-tune a real text encoder in 4 bits, on this machine, in a few minutes. Nothing is downloaded."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..hooks.manager import require
 
     require(("transformers", "bitsandbytes", "sklearn"), "demo", "The demo")
-    lines = _Lines(quiet)
+    lines = _Lines(output)
     lines.say("loading PyTorch, transformers and PEFT")
     from . import demo_classification, demo_language
 
     with tempfile.TemporaryDirectory() as folder:
         lines.say("1. all-MiniLM-L6-v2 in NF4: which section of a reference page is this passage from?")
         settings = demo_classification.ClassificationSettings(seed=seed)
-        _classification_table(demo_classification.run_classification(Path(folder), settings, lines))
+        classes = demo_classification.run_classification(Path(folder), settings, lines)
+        lines.show(lambda: _classification_table(classes))
         lines.say("2. a small language model, pretrained here on English, learns Python code")
-        language = demo_language.LanguageModelSettings(seed=seed)
-        _language_table(demo_language.run_language_model(Path(folder), language, lines))
+        words = demo_language.run_language_model(Path(folder), demo_language.LanguageModelSettings(seed=seed), lines)
+        lines.show(lambda: _language_table(words))
     lines.say("done")
+    output.show({"classification": asdict(classes), "language_model": asdict(words)}, lambda: None)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:
