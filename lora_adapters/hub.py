@@ -183,7 +183,9 @@ def _one_line(repo_id: str) -> Iterator[None]:
 
 def _refusal(status: int | None, repo_id: str, said: str) -> str:
     if status == 401:
-        return "The Hub does not accept the token, or there is none: run 'hf auth login', or set HF_TOKEN to one that can."
+        return (
+            "The Hub does not accept the token, or there is none: run 'hf auth login', or set HF_TOKEN to one that can."
+        )
     if status == 403:
         return f"The token may not write to {repo_id}: take one with write permission, or another repository."
     if status == 404:
