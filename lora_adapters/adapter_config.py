@@ -190,11 +190,13 @@ class AdapterConfigData:
         values: LoraConfig field -> checked value, of the fields the file gives.
         meaning: digest over the fields that say what the weights mean (see `meaning_digest`).
         peft_version: the PEFT that wrote it, as it says; "" when it does not.
+        base_class: module and name of the base's class, as it says (never imported); "" each when it does not.
     """
 
     values: Mapping[str, Any]
     meaning: str
     peft_version: str = ""
+    base_class: tuple[str, str] = ("", "")
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a field; `default` when the file leaves it out or says null."""
@@ -373,7 +375,19 @@ def parse_config(data: bytes) -> AdapterConfigData:
     version = raw.get("peft_version")
     if type(version) is not str or len(version) > 64 or not version.isprintable():
         version = ""
-    return AdapterConfigData(values=values, meaning=meaning_digest(raw), peft_version=version)
+    return AdapterConfigData(values, meaning_digest(raw), version, _base_class(raw.get("auto_mapping")))
+
+
+def _base_class(mapping: Any) -> tuple[str, str]:
+    """Module and class that auto_mapping names, where they can be such names."""
+    named = mapping if type(mapping) is dict else {}
+    texts = [named.get(key) for key in ("parent_library", "base_model_class")]
+    module, name = (text if type(text) is str and len(text) <= 256 and _dotted(text) else "" for text in texts)
+    return module, name
+
+
+def _dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
 
 
 def _check_unused(name: str, value: Any) -> None:

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 
 from .adapter_config import CHANGED_BASE, CONFIG_NAME
 from .adapter_file import HELD_TWICE_ENTRY, PREFIX, VERSION_ENTRY, AdapterFile
+from .image_portability import (
+    not_in_comfyui,
+    not_in_diffusers,
+    not_in_timm,
+    notes_for_comfyui,
+    notes_for_diffusers,
+    notes_for_timm,
+)
 from .staging import interrupted_config
 
 if TYPE_CHECKING:
     from torch import nn
 
 #: What an adapter can be judged for.
-TARGETS = ("peft", "vllm")
+TARGETS = ("peft", "diffusers", "vllm", "comfyui", "timm")
 
 #: vLLM's LoRA loader as of 0.33: ranks an engine can be started with, its default, initialisations it takes, and the
 #: base weights beside an adapter that it knows to skip.
@@ -51,13 +59,25 @@ def judge(
 
     Args:
         file: what `inspect_adapter` returned.
-        target: "peft" (PeftModel.from_pretrained, 0.21) or "vllm" (0.33).
+        target: one of `TARGETS`: "peft" (PeftModel.from_pretrained, 0.21), "diffusers" (a pipeline's load_lora_weights,
+            0.42), "vllm" (0.33), "comfyui" (its LoRA loader, given the weights file), or "timm" (onto a model of
+            timm.create_model, by what loads adapters there).
         base: the base model, on any device, meta too; it tells more about convolutions.
         max_lora_rank: what the vLLM engine is started with.
     """
+    in_peft = tuple(_not_in_peft(file, base))
     if target == "peft":
-        return Verdict(target, (*_elsewhere(file), *_not_in_peft(file, base)), tuple(_notes_for_peft(file, base)))
-    return Verdict(target, (*_elsewhere(file), *_not_in_vllm(file, max_lora_rank)), tuple(_notes_for_vllm(file)))
+        reasons, notes = in_peft, _notes_for_peft(file, base)
+    elif target == "diffusers":
+        # Where its own loaders fail, PEFT is the way.
+        reasons, notes = (*not_in_diffusers(file), *in_peft), notes_for_diffusers(file)
+    elif target == "vllm":
+        reasons, notes = _not_in_vllm(file, max_lora_rank), _notes_for_vllm(file)
+    elif target == "comfyui":
+        reasons, notes = not_in_comfyui(file), notes_for_comfyui(file)
+    else:
+        reasons, notes = not_in_timm(file), notes_for_timm(file, in_peft)
+    return Verdict(target, (*_elsewhere(file), *reasons), tuple(notes))
 
 
 def _elsewhere(file: AdapterFile) -> Iterator[str]:
@@ -77,12 +97,21 @@ def _convolutions(file: AdapterFile) -> list[str]:
     return [name for name, module in file.modules.items() if module.kind.startswith("conv")]
 
 
+def _maybe_shared(file: AdapterFile) -> list[str]:
+    """Return the convolutions whose groups, if they have any, share one A, as in our layers.
+
+    PEFT's own layers divide B's ranks among the groups, and carry out DoRA.
+    """
+    if VERSION_ENTRY not in file.metadata or file.config.get("use_dora"):
+        return []
+    return [name for name in _convolutions(file) if file.modules[name].shapes["b"][1] == file.modules[name].rank]
+
+
 def _not_in_peft(file: AdapterFile, base: nn.Module | None) -> Iterator[str]:
     if file.config.get("init_lora_weights") == "loftq" and not file.config.get("loftq_config"):
         yield f"it was initialised with 'loftq', which PEFT repeats when loading, and {CONFIG_NAME} has no loftq_config"
     modules = {} if base is None else dict(base.named_modules())
-    grouped = [name for name in _convolutions(file) if getattr(modules.get(name), "groups", 1) > 1]
-    if grouped and VERSION_ENTRY in file.metadata:
+    if grouped := [name for name in _maybe_shared(file) if getattr(modules.get(name), "groups", 1) > 1]:
         yield (
             f"{grouped[0]!r} is a convolution with groups ({len(grouped)} such layers), for which PEFT's adapters have "
             "other shapes: merge it into the base instead"
@@ -90,7 +119,7 @@ def _not_in_peft(file: AdapterFile, base: nn.Module | None) -> Iterator[str]:
 
 
 def _notes_for_peft(file: AdapterFile, base: nn.Module | None) -> Iterator[str]:
-    if base is None and VERSION_ENTRY in file.metadata and _convolutions(file):
+    if base is None and _maybe_shared(file):
         yield "adapters on convolutions with groups > 1 do not load in PEFT; give the base model to tell"
     if file.config.get("init_lora_weights") == "loftq":
         yield "PEFT repeats LoftQ on the base when loading, which takes a GPU"

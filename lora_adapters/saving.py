@@ -171,7 +171,9 @@ def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, 
     fields = plan.request.peft_fields
     expected: dict[str, tuple[int, ...]] = {}
     for layer in plan.layers:
-        for suffix, shape in _layer_tensors(layer, fields).items():
+        # PEFT's own layers (of DoRA, say) divide B's ranks among a convolution's groups, and A reads every channel.
+        groups = getattr(base_of(base.get_submodule(layer.name)), "groups", 1) if layer.engine == "peft" else 1
+        for suffix, shape in _layer_tensors(layer, fields, groups).items():
             expected[f"{PREFIX}{layer.name}.{suffix}"] = shape
     for wanted in plan.trained:
         for name, module in modules_meant(base, wanted).items():
@@ -182,13 +184,15 @@ def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, 
     return expected
 
 
-def _layer_tensors(layer: PlannedLayer, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _layer_tensors(layer: PlannedLayer, fields: Mapping[str, Any], groups: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of one layer; `groups` are those that share out its ranks."""
     out, *rest = layer.shape
     if layer.kind == "embedding":
         found = {"lora_embedding_A": (layer.rank, out), "lora_embedding_B": (rest[0], layer.rank)}
         return found | ({"lora_magnitude_vector": (rest[0],)} if fields.get("use_dora") else {})
     ones = (1,) * (len(rest) - 1)
-    found = {"lora_A.weight": (layer.rank, *rest), "lora_B.weight": (out, layer.rank, *ones)}
+    a = (layer.rank, rest[0] * groups, *rest[1:])
+    found = {"lora_A.weight": a, "lora_B.weight": (out, layer.rank // groups, *ones)}
     if fields.get("lora_bias"):
         found["lora_B.bias"] = (out,)
     if fields.get("use_dora"):

@@ -66,6 +66,7 @@ PEFT_CASES = {
     "trained whole": (llama, IDS, dict(rank=4, targets="q", modules_to_save=["lm_head"]), True),
     "convolution": (Conv, torch.ones(1, 8, 5), dict(rank=4, targets="conv"), True),
     "convolution with groups": (net, tokens(), dict(rank=4, targets=["conv"]), False),
+    "DoRA on a convolution with groups": (net, tokens(), dict(rank=4, use_dora=True, targets=["conv"]), True),
     "one module twice": (Twice, torch.ones(1, 8), dict(rank=4, targets=["lin"]), False),
 }
 
@@ -141,6 +142,29 @@ def test_saving_what_stock_peft_can_load_does_not_warn(tmp_path, build, options)
         adapter.save(tmp_path)
     inputs = tokens() if build is net else torch.ones(1, 8, 5)
     torch.testing.assert_close(output(PeftModel.from_pretrained(build(), tmp_path), inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("settings", [dict(groups=4), dict(groups=2, bias=False, stride=2), dict(groups=1)])
+@pytest.mark.filterwarnings("ignore")
+def test_restore_takes_dora_on_convolutions_as_save_wrote_it(tmp_path, conv, settings):
+    """PEFT's own layer, whose factors have other shapes than ours where there are groups."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(conv(8, 16, 3, **settings))
+
+    inputs = torch.linspace(-1, 1, 8 * 5 * 5).view(1, 8, 5, 5) if conv is nn.Conv2d else torch.ones(1, 8, 5)
+    adapter = la.attach(build(), rank=4, use_dora=True, targets=["0"])
+    perturb(adapter.model)
+    adapter.save(tmp_path)
+    restored = la.restore(build(), tmp_path)
+    assert torch.equal(output(restored.model, inputs), output(adapter.model, inputs))
+    assert not torch.allclose(output(build(), inputs), output(adapter.model, inputs))
+    # Another base is still another base.
+    with pytest.raises(CheckpointError, match="has shape"):
+        la.restore(nn.Sequential(conv(16, 16, 3, **settings)), tmp_path)
+    assert not judge(inspect_adapter(tmp_path), "peft").notes
 
 
 @pytest.mark.filterwarnings("ignore:.*convolution with groups.*")

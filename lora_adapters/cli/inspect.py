@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @click.option(
     "--for",
     "targets",
-    type=click.Choice(["peft", "vllm"]),
+    type=click.Choice(["peft", "diffusers", "vllm", "comfyui", "timm"]),
     multiple=True,
-    help="Say whether it loads there and why not; exit status 1 if not. May be given twice.",
+    help="Say whether it loads there and why not; exit status 1 if not. May be given several times.",
 )
 @click.option(
     "--max-lora-rank",

@@ -295,7 +295,39 @@ def test_yes_and_no(ours):
     assert facts_of(ours, "--for", "peft")["for"] == {"peft": {"loads": True, "reasons": [], "notes": []}}
 
 
+def test_tools_for_images_are_told_that_it_is_a_language_model(ours):
+    done = run_cli("inspect", str(ours), "--for", "diffusers", "--for", "comfyui", "--for", "timm")
+    assert done.returncode == 1
+    for target in ("diffusers", "comfyui", "timm"):
+        assert f"Loads in {target}: no" in done.stdout
+    text = " ".join(done.stdout.split())
+    assert text.count("it adapts LlamaForCausalLM (a model of transformers)") == 3
+
+
+def test_an_adapter_of_a_denoiser(tmp_path):
+    """Its files say so; diffusers itself is not needed to tell."""
+    edit_config(stock(tmp_path, task_type=None), auto_mapping=auto_mapping("diffusers.models", "UNet2DConditionModel"))
+    done = here(tmp_path, "--for", "diffusers", "--json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)["for"]["diffusers"]
+    assert "PeftModel.from_pretrained(pipe.unet, folder)" in found["reasons"][0]
+    assert "scale 1 instead of 2" in found["notes"][0]
+
+
+@pytest.mark.parametrize("library", ["diffusers\x1b[2J.models", 5, None, ["diffusers"], "diffusers" * 100, "a b"])
+def test_a_base_class_that_is_no_name_is_not_shown(tmp_path, library):
+    edit_config(stock(tmp_path, task_type=None), auto_mapping=auto_mapping(library, "UNet\n2"))
+    done = here(tmp_path, "--for", "diffusers")
+    assert done.exit_code == 1
+    assert "a model its files do not name" in " ".join(done.stdout.split())
+    assert "\x1b" not in done.stdout
+
+
+def auto_mapping(library, name):
+    return {"parent_library": library, "base_model_class": name}
+
+
 def test_an_unknown_target(ours):
     done = here(ours, "--for", "vlm")
     assert done.exit_code == 2
-    assert "'peft', 'vllm'" in done.output
+    assert "'peft', 'diffusers', 'vllm', 'comfyui', 'timm'" in done.output
