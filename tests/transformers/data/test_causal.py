@@ -98,6 +98,23 @@ def test_a_chat_that_has_a_system_message_keeps_it():
     assert row["prompt_text"].startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user")
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_system_message_does_not_move_what_is_learnt(template):
+    """Neither a greeting that opens a chat nor the assistant's turns in a prompt are learnt."""
+    tokenizer = make_tokenizer(chat_template=template, eos_token="<|im_end|>")
+    turns = [{"role": r, "content": c} for r, c in [("assistant", "Welcome"), ("user", "Why?"), ("assistant", "yes")]]
+    for rows in ([{"messages": turns}], [{"prompt": turns[:2], "completion": turns[2:]}]):
+        for system in (None, "S"):
+            assert learnt(encode(rows, tokenizer, system=system).rows[0], tokenizer) == "yes<|im_end|>"
+
+
+def test_a_single_token_is_nothing_to_learn():
+    """Nothing comes before the first token that could predict it."""
+    encoded = encode([{"text": "a"}, {"text": "ab"}], make_tokenizer(eos_token=None))
+    assert encoded.facts.details["left out: nothing to learn"] == 1
+    assert encoded.facts.details["answer tokens"] == len(encoded.rows[0]["input_ids"]) - 1
+
+
 def test_tools_reach_the_template():
     template = "{% if tools %}{{ 'tools: ' + tools[0]['name'] + '\n' }}{% endif %}" + CHATML
     tokenizer = make_tokenizer(chat_template=template)
