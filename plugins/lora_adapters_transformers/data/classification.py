@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -116,17 +117,15 @@ class _LabelIds:
         import datasets
 
         feature = rows.features[data.label]
+        if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+            raise RequestError(f"data.label: column {data.label!r} holds lists or mappings, where one label is needed")
         self.column, self.part, self.given = data.label, part, data.labels is not None
         self.own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        found = {self._text(value) for value in rows.unique(data.label)} if _scalar(feature) else {None}
-        found.discard(None)
-        if not _scalar(feature):
-            raise RequestError(f"data.label: column {data.label!r} holds lists or mappings, where one label is needed")
+        found = {self._text(value) for value in rows.unique(data.label)} - {None}
         self.names = data.labels or names or self.own or _sorted({str(label) for label in found})
         self._ids = {label: i for i, label in enumerate(self.names)}
         indices = {str(i): i for i in range(len(self.names))}
-        numbers = all(label.lstrip("-").isdigit() for label in found if label is not None)
-        if data.labels and self.own is None and numbers and not found & set(self._ids):
+        if data.labels and self.own is None and _numbers(found) and not _numbers(self.names):
             self._ids = indices
         if len(self.names) < 2:
             raise RequestError(
@@ -165,14 +164,9 @@ class _LabelIds:
         return text_of(value).strip()
 
 
-def _scalar(feature: Any) -> bool:
-    import datasets
-
-    return isinstance(feature, (datasets.Value, datasets.ClassLabel))
-
-
 def _sorted(names: set[str]) -> list[str]:
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
+    return sorted(names, key=int) if _numbers(names) else sorted(names)
+
+
+def _numbers(labels: Iterable[str | None]) -> bool:
+    return all(label is not None and re.fullmatch("-?[0-9]+", label) for label in labels)

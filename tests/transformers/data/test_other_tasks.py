@@ -76,6 +76,8 @@ def test_given_labels_keep_their_order_and_name_numbers():
     assert (encoded.label_names, encoded.rows["labels"]) == (["bad", "good"], [1, 0])
     with pytest.raises(RequestError, match=r"row 2: label '2' is none of data\.labels"):
         classify(labelled(1, 2), labels=["bad", "good"])
+    with pytest.raises(RequestError, match=r"label '1' is none of data\.labels"):
+        classify(labelled(1), labels=["2", "9", "10"], name="eval")
 
 
 def test_the_names_a_dataset_brings():
