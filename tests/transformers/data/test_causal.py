@@ -1,8 +1,11 @@
 """Causal language modelling: forms, what is learnt, and every row accounted for."""
 
+import json
+
 import datasets
 import pytest
 from lora_adapters_transformers.data.encoding import check_causal, encode_causal
+from lora_adapters_transformers.data.tables import read_data
 from lora_adapters_transformers.recipes import CausalLMData, CausalLMTraining
 from small_tokenizers import CHATML, MARKED, make_tokenizer
 
@@ -90,6 +93,21 @@ def test_chats(template):
     assert encode([{"conversations": shared}], tokenizer, system="S").rows[0] == first.rows[0]
     both = encode([{"prompt": messages[:3], "completion": messages[3:]}], tokenizer).rows[0]
     assert learnt(both, tokenizer) == "two<|im_end|>"
+
+
+def test_chats_from_a_file_reach_the_template_with_their_own_keys(tmp_path):
+    """No message gets keys that another has, and none its arguments: JSON is read as it was written."""
+    template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    other = {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"y": None}}}]}
+    chats = [[{"role": "user", "content": "a"}, message] for message in (call, other)]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = CausalLMData(train=str(file))
+    encoded = encode_causal(read_data(data, 0)[0], data, CausalLMTraining(), tokenizer)
+    shown = [tokenizer.decode(ids).removesuffix("</s>") for ids in encoded.rows["input_ids"]]
+    assert shown == ["".join(json.dumps(message) + "\n" for message in chat) for chat in chats]
 
 
 def test_a_chat_that_has_a_system_message_keeps_it():

@@ -63,13 +63,13 @@ def lines(rows):
 )
 def test_json(name, text, zipped):
     write(name + zipped, text)
-    assert read_table(name + zipped).to_list() == ROWS
+    assert list(read_table(name + zipped)) == ROWS
 
 
 @pytest.mark.parametrize("name, delimiter", [("d.csv", ","), ("d.tsv", "\t"), ("semi.csv", ";"), ("d.csv.gz", ",")])
 def test_csv_keeps_every_text_as_it_is(name, delimiter):
     write(name, as_csv(ROWS, delimiter))
-    assert read_table(name).to_list() == [{**row, "n": str(row["n"])} for row in ROWS]
+    assert list(read_table(name)) == [{**row, "n": str(row["n"])} for row in ROWS]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -97,7 +97,7 @@ def test_nested_values_come_back_with_their_own_keys_only():
         {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"x": 1.5, "y": None}}]}], "meta": {"b": []}},
     ]
     write("d.jsonl", lines(rows))
-    assert read_table("d.jsonl").to_list() == rows
+    assert list(read_table("d.jsonl")) == rows
 
 
 def test_columns_of_mixed_kinds_become_text_and_missing_ones_none():
@@ -126,7 +126,7 @@ def test_any_rows_of_texts_and_lists(rows):
     """Columns of one kind come back exactly; where texts and lists share a column, both do."""
     write("any.jsonl", lines(rows))
     names = {name for row in rows for name in row}
-    assert read_table("any.jsonl").to_list() == [{name: row.get(name) for name in names} for row in rows]
+    assert list(read_table("any.jsonl")) == [{name: row.get(name) for name in names} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_saved_datasets():
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk("one")
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk("two")
-    assert read_table("one").to_list() == ROWS
-    assert read_table("two").to_list() == ROWS
+    assert list(read_table("one")) == ROWS
+    assert list(read_table("two")) == ROWS
     assert read_table("two", split="test").to_list() == [ROWS[1]]
     with pytest.raises(RequestError, match="no split 'dev'; it has train, test"):
         read_table("two", split="dev")
