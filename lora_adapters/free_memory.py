@@ -8,7 +8,8 @@ from .errors import RequestError
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Return the bytes that can be allocated now: on the host within the control group's limit, or on an accelerator.
+    """Return the bytes that can be allocated now: on the host within the limits of the control group and of the process
+    (`ulimit -v`), or on an accelerator.
 
     Raises:
         RequestError: the device is not there, or its free memory can't be asked.
@@ -17,7 +18,7 @@ def free_memory(device: str = "cpu") -> int:
     if kind == "cpu":
         import psutil
 
-        limits = [_cgroup_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
+        limits = [_cgroup_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), _address_space_free()]
         return min([psutil.virtual_memory().available, *(n for n in limits if n is not None)])
     import torch
 
@@ -27,6 +28,18 @@ def free_memory(device: str = "cpu") -> int:
     if kind == "mps" and torch.backends.mps.is_available():
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     raise RequestError(f"Free memory of device {device!r} can't be asked: it is not there. Use cpu, cuda or mps.")
+
+
+def _address_space_free() -> int | None:
+    """Return what the process may still map, or None where nothing limits it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    import psutil
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
 
 
 def _cgroup_free(membership: Path, root: Path) -> int | None:

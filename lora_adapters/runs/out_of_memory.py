@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: What the CPU allocators of PyTorch, and libraries under it, say.
 _SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|cannot allocate|bad_alloc", re.IGNORECASE)
 
+#: Settings are suggested that take at most this share of what did not fit.
+_LESS = 0.85
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an allocation failed, on any device."""
@@ -56,10 +59,9 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
             with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
                 plans["nf4"] = runner.plan("nf4")
                 formats["nf4"] = None
-        # The estimate may have fitted: then only less than it is a way out.
-        found = suggest_fit(
-            total, min(free, estimate - 1), batch_size=rows, sequence_length=length, quantizations=tuple(formats)
-        )
+        # The estimate may have fitted: then only clearly less than it is a way out.
+        limit = min(free, int(_LESS * estimate))
+        found = suggest_fit(total, limit, batch_size=rows, sequence_length=length, quantizations=tuple(formats))
     except LoraAdaptersError as error:
         return DoesNotFitError(
             f"Out of memory on {device}, where {format_size(free)} were free before the model was loaded, and a step's "

@@ -24,6 +24,9 @@ from .writing import chat_prompt
 class PreferenceTrainer(Measuring, RewardTrainer):
     """TRL's RewardTrainer with the task's own measure."""
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the run writes its own beside the adapter."""
+
 
 class RewardRunner(TextRunner):
     """Trains a reward model on pairs of a better and a worse answer."""

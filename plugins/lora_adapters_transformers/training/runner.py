@@ -82,6 +82,7 @@ class TextRunner:
         self.recipe = recipe
         self.train_rows: Encoded | None = None
         self.eval_rows: Encoded | None = None
+        self.made_plan: AttachPlan | None = None
 
     # ---- what a task says --------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class TextRunner:
         return tokenizer
 
     def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
-        """Read and encode the data, and look the model up; no weight is read."""
+        """Read and encode the data, look the model up, and plan the adapter; no weight is read."""
         check_training(self.recipe.training)
         _ = self.device, self.autocast
         check_model(self.recipe.model)
@@ -146,6 +147,8 @@ class TextRunner:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         self.encode_data(parts)
+        if "train" in parts:
+            self.made_plan = self.plan(self.recipe.model.quantization)
 
     def shape(self) -> tuple[int, int]:
         """Return rows and tokens of one forward pass."""
@@ -238,10 +241,10 @@ class TextRunner:
         """Check what can only be seen on the model itself."""
 
     def _predict(self, run: Run) -> None:
+        assert self.made_plan is not None
         rows, length = self.shape()
         try:
-            plan = self.plan(self.recipe.model.quantization)
-            step = self.memory(plan, rows, length, self.recipe.training.gradient_checkpointing)
+            step = self.memory(self.made_plan, rows, length, self.recipe.training.gradient_checkpointing)
         except UnsupportedError as error:
             run.facts.notes.append(f"A step's memory was not predicted: {error}")
             return
