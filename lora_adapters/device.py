@@ -20,6 +20,7 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise RequestError(f"{device!r} is no device. Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(wanted.type, True):
+    count = torch.cuda.device_count() if wanted.type == "cuda" else 1
+    if not there.get(wanted.type, True) or (wanted.index or 0) >= count:
         raise RequestError(f"device={device!r} was asked for, but PyTorch sees no such device here. Use device='auto'.")
     return wanted

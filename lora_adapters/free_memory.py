@@ -9,7 +9,7 @@ from .errors import RequestError
 
 def free_memory(device: str = "cpu") -> int:
     """Return the bytes that can be allocated now: on the host within the limits of the control group and of the process
-    (`ulimit -v`), or on an accelerator.
+    (`ulimit -v`, PyTorch's memory fraction), or on an accelerator.
 
     Raises:
         RequestError: the device is not there, or its free memory can't be asked.
@@ -23,8 +23,13 @@ def free_memory(device: str = "cpu") -> int:
     import torch
 
     if kind == "cuda" and torch.cuda.is_available():
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        index = torch.device(device).index
+        index = torch.cuda.current_device() if index is None else index
+        free, total = torch.cuda.mem_get_info(index)
+        reserved = torch.cuda.memory_reserved(index)
+        # `torch.cuda.set_per_process_memory_fraction` limits what this process reserves.
+        ours = int(torch.cuda.get_per_process_memory_fraction(index) * total) - reserved
+        return max(0, min(free, ours)) + reserved - torch.cuda.memory_allocated(index)
     if kind == "mps" and torch.backends.mps.is_available():
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     raise RequestError(f"Free memory of device {device!r} can't be asked: it is not there. Use cpu, cuda or mps.")

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     write_recipe(
         folder / "recipe.yaml",
         task="causal-lm",
-        model={"name": llama_base(folder / "llama")},
+        model={"name": llama_base(folder / "llama"), "device": "cpu"},
         data={"train": str(folder / "qa.jsonl"), "prompt": "question", "completion": "answer", "eval_fraction": 0.25},
         output=str(folder / "run"),
     )

@@ -23,7 +23,7 @@ def recipes(folder: Path) -> dict[str, str]:
         "causal-lm": write_recipe(
             folder / "causal-lm.yaml",
             task="causal-lm",
-            model={"name": llama_base(folder / "llama")},
+            model={"name": llama_base(folder / "llama"), "device": "cpu"},
             data={"train": qa, "prompt": "question", "completion": "answer", "eval_fraction": 0.125},
             output=str(folder / "causal-lm"),
             **common,
@@ -31,7 +31,7 @@ def recipes(folder: Path) -> dict[str, str]:
         "seq2seq": write_recipe(
             folder / "seq2seq.yaml",
             task="seq2seq",
-            model={"name": t5_base(folder / "t5")},
+            model={"name": t5_base(folder / "t5"), "device": "cpu"},
             data={"train": qa, "source": "question", "target": "{answer}", "eval_fraction": 0.125},
             output=str(folder / "seq2seq"),
             **common | {"training": TRAINING | {"max_target_length": 6}},
@@ -39,7 +39,7 @@ def recipes(folder: Path) -> dict[str, str]:
         "text-classification": write_recipe(
             folder / "text-classification.yaml",
             task="text-classification",
-            model={"name": bert_base(folder / "bert")},
+            model={"name": bert_base(folder / "bert"), "device": "cpu"},
             data={"train": write_rows(folder / "seasons.jsonl", seasons()), "eval_fraction": 0.125},
             output=str(folder / "text-classification"),
             **common | {"training": TRAINING | {"epochs": 8}},
@@ -47,7 +47,7 @@ def recipes(folder: Path) -> dict[str, str]:
         "reward": write_recipe(
             folder / "reward.yaml",
             task="reward",
-            model={"name": str(folder / "llama")},
+            model={"name": str(folder / "llama"), "device": "cpu"},
             data={"train": write_rows(folder / "pairs.jsonl", preferences()), "prompt": "prompt", "eval_fraction": 0.125},
             output=str(folder / "reward"),
             **common,
