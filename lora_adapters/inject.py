@@ -6,6 +6,7 @@ The one module that touches PEFT's private parts; tests/test_canaries.py has a t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import hashlib
 import math
@@ -122,6 +123,9 @@ def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int, s
 
 def planned_on_meta(model: nn.Module, plan: AttachPlan) -> nn.Module:
     """Return a meta-device twin of `model` with the plan carried out on it. `model` is not touched."""
+    # A start that reads the base's weights can't be computed without them, and takes the same memory.
+    fields = {name: value for name, value in plan.request.peft_fields.items() if name != "init_lora_weights"}
+    plan = dataclasses.replace(plan, request=dataclasses.replace(plan.request, peft_fields=fields))
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         # A packed weight stays as it is: it is small, and only its own class can move it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from .output import Output, output_options, print_table
@@ -17,6 +19,7 @@ def command(adapters: tuple[str, ...], data: str | None, output: Output) -> None
     An adapter that `train` made brings its recipe. For any other, say what the data holds:
     task=causal-lm data.prompt=question data.completion=answer.
     """
+    from ..runs.folder import finite
     from ..runs.progress import Progress
     from ..runs.runner import runner_for
     from ..runs.saved import named, recipe_for
@@ -24,12 +27,25 @@ def command(adapters: tuple[str, ...], data: str | None, output: Output) -> None
 
     paths, overrides = split(adapters)
     found = named(paths)
-    changes = {} if data is None else {"data": {"train": data, "eval": data, "eval_fraction": 0.0, "eval_split": None}}
-    recipe = recipe_for(found, changes, overrides)
+    recipe = recipe_for(found, {} if data is None else {"data": _only(data)}, overrides)
     progress = Progress(quiet=output.quiet or output.as_json)
     runner = runner_for(recipe)
+    runner.accept(found)
     runner.check(("eval",))
     metrics = runner.evaluate(found, progress)
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [[name, *(f"{values[name]:.4g}" for values in metrics.values())] for name in names]
-    output.show(metrics, lambda: print_table(rows, ("", *metrics)))
+    output.show(finite(metrics), lambda: print_table(rows, ("", *metrics)))
+
+
+def _only(data: str) -> dict[str, Any]:
+    """Return the keys of a recipe's data that make all of `data`, and nothing else, the eval data."""
+    ways = {
+        "eval_fraction": 0.0,
+        "eval_split": None,
+        "subset": None,
+        "split": "train",
+        "limit": None,
+        "eval_limit": None,
+    }
+    return {"train": data, "eval": data, **ways}

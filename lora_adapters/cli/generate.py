@@ -47,7 +47,9 @@ def command(
     paths, overrides = split(adapters)
     found = named(paths)
     progress = Progress(quiet=output.quiet or output.as_json)
-    samples = runner_for(recipe_for(found, {}, overrides)).generate(found, asked, progress, **options)
+    runner = runner_for(recipe_for(found, {}, overrides))
+    runner.accept(found)
+    samples = runner.generate(found, asked, progress, **options)
 
     def show() -> None:
         for sample in samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import click
@@ -22,11 +23,22 @@ def command(recipe: str, overrides: tuple[str, ...], output: Output) -> None:
     KEY=VALUE changes a key of the recipe, such as training.epochs=3. Ctrl-C and SIGTERM save and exit; the same command
     with resume=true goes on from there, exactly.
 
+    With --json a run that began prints its facts, however it ended: "status" says how, and an error is on stderr.
+
     Exit status: 0 trained, 1 an error or a run that diverged, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    try:
+        _train(recipe, overrides, output)
+    except KeyboardInterrupt:  # before the run began, or the second one
+        click.echo("Error: Stopped at once.", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _train(recipe: str, overrides: tuple[str, ...], output: Output) -> None:
     from ..recipes.reading import read_recipe
 
     checked = read_recipe(recipe, overrides)
+    from ..runs.folder import finite
     from ..runs.progress import Progress
     from ..runs.run import train
     from ..runs.runner import runner_for
@@ -34,12 +46,16 @@ def command(recipe: str, overrides: tuple[str, ...], output: Output) -> None:
 
     progress = Progress(quiet=output.quiet or output.as_json)
     progress.say(f"{checked.task} on {checked.model.name}: loading PyTorch and the task's packages")
+
+    def show(facts: RunFacts) -> None:
+        if output.as_json or facts.status == "finished":
+            output.show(finite(facts.as_dict()), lambda: _print(facts, checked.output))
+
     try:
-        facts = train(checked, runner_for(checked), progress)
+        train(checked, runner_for(checked), progress, on_end=show)
     except InterruptedRunError as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(error.exit_status) from None
-    output.show(facts.as_dict(), lambda: _print(facts, checked.output))
 
 
 def _print(facts: RunFacts, folder: str) -> None:

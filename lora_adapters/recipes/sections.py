@@ -43,7 +43,7 @@ class AdapterSection(Section):
     """Rank of A and B."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale times rank; the rank itself if left out, a scale of 1."""
-    targets: str | list[str] | dict[str, int | dict[str, float]] = "auto"
+    targets: str | list[str] | dict[str, int | dict[str, int | float]] = "auto"
     """What to adapt: "auto", a role expression such as "attention+mlp", names, or a mapping of these to a rank."""
     dropout: Share = 0.0
     """Probability of zeroing an input of A."""

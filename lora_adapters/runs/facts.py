@@ -152,6 +152,8 @@ class RunFacts:
         raw = json.loads(path.read_text(encoding="utf-8"))
         known = {f.name for f in fields(cls)}
         made = cls(**{key: value for key, value in raw.items() if key in known})
+        for name in ("before", "after", "throughput"):  # a number that is not finite was written as a text
+            setattr(made, name, {key: float(value) for key, value in getattr(made, name).items()})
         made.data = [DataFacts(**item) for item in raw.get("data", [])]
         made.adapted = [AdaptedGroup(**item) for item in raw.get("adapted", [])]
         made.skipped = [SkippedGroup(**item) for item in raw.get("skipped", [])]

@@ -33,6 +33,8 @@ ADAPTER, RECIPE, METRICS, FACTS = "adapter", "recipe.yaml", "metrics.jsonl", "fa
 ENVIRONMENT, REPORT, CHECKPOINTS = "environment.json", "report.html", "checkpoints"
 #: What TensorBoard reads.
 LOGS = "logs"
+#: Written and removed, to see whether the folder can be written to.
+_TRIAL = ".facts.json.trial"
 _OURS = {ADAPTER, RECIPE, METRICS, FACTS, ENVIRONMENT, REPORT, CHECKPOINTS, LOGS}
 
 
@@ -57,12 +59,15 @@ class RunFolder:
             RequestError: the folder is a file, holds other things, or a run that is neither resumed nor overwritten; or
                 there is no run to resume.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RequestError(f"output {self.path} is a file: give another folder.")
-        found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise RequestError(f"output {self.path} is a file: give another folder.")
+            found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         if found and FACTS not in found:
             raise RequestError(f"output {self.path} holds other files and no run: give a new folder.")
-        if foreign := sorted(found - _OURS):
+        if foreign := sorted(name for name in found - _OURS if not _is_litter(name)):
             raise RequestError(
                 f"output {self.path} also holds {foreign[0]!r}, which no run wrote: move it, then try again."
             )
@@ -86,15 +91,16 @@ class RunFolder:
         """Keep other runs out of the folder, which is made if missing.
 
         Raises:
+            RequestError: the folder can't be made or written to.
             StateError: another process is running here.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / _TRIAL).touch()
+            (self.path / _TRIAL).unlink(missing_ok=True)  # another run may just have removed it
             handle = os.open(self.path, os.O_RDONLY) if fcntl is not None else None
         except OSError as error:
-            raise RequestError(
-                f"output {self.path} can't be written: {error.strerror}. Give another folder."
-            ) from error
+            raise _unwritable(self.path, error) from error
         if fcntl is None or handle is None:
             yield
             return
@@ -113,9 +119,9 @@ class RunFolder:
         """Remove an earlier run's files."""
         import shutil
 
-        for name in sorted(_OURS):
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in sorted(self.path.iterdir()):
+            if path.name in _OURS or _is_litter(path.name):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -141,22 +147,35 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl. A last line that a killed run left half written is dropped."""
         try:
-            lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+            text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         rows: list[dict[str, Any]] = []
-        for line in lines:
+        lines = text.removesuffix("\n").split("\n")  # not splitlines: a text may hold what Unicode takes for its end
+        for number, line in enumerate(lines, 1):
             try:
                 rows.append({key: _number(value) for key, value in json.loads(line).items()})
-            except ValueError:
-                if line is not lines[-1]:
-                    raise CheckpointError(f"{self.path / METRICS} is damaged: a line of it is no JSON.") from None
+            except (ValueError, AttributeError):
+                if number == len(lines) and not text.endswith("\n"):
+                    break
+                raise CheckpointError(
+                    f"{self.path / METRICS} is damaged: line {number} is no JSON object. Mend or remove that line."
+                ) from None
         return rows
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie after `step`: a resumed run writes them again."""
         kept = [row for row in self.history() if row.get("step", 0) <= step]
         write_text(self.path / METRICS, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in kept))
+
+
+def _is_litter(name: str) -> bool:
+    """Return True for what a run leaves that was killed while it wrote one of its files."""
+    return name.startswith(".") and any(name[1:].startswith(f"{ours}.") for ours in _OURS)
+
+
+def _unwritable(path: Path, error: OSError) -> RequestError:
+    return RequestError(f"output {path} can't be written: {error.strerror or error}. Give another folder.")
 
 
 def write_text(path: Path, text: str) -> None:

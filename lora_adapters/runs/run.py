@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoraAdaptersError, RequestError
+from ..errors import LoraAdaptersError, RequestError, StateError
 from ..recipes.reading import dump, read_recipe
 from .checkpoints import newest, step_of
 from .environment import environment
@@ -22,6 +23,9 @@ from .stopping import InterruptedRunError
 
 if TYPE_CHECKING:
     from ..recipes.sections import Recipe
+
+#: What a disk says that is full, read-only or broken.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 #: Keys that a resumed run may change: they alter what is kept and told, not what is computed.
 _FREE_TO_CHANGE = {
@@ -37,13 +41,16 @@ _FREE_TO_CHANGE = {
 }
 
 
-def train(recipe: Recipe, runner: Runner, progress: Progress) -> RunFacts:
+def train(
+    recipe: Recipe, runner: Runner, progress: Progress, on_end: Callable[[RunFacts], None] = lambda facts: None
+) -> RunFacts:
     """Run a recipe.
 
     Args:
         recipe: validated.
         runner: the task's runner, made with `recipe`.
         progress: shows how far it is.
+        on_end: called with the facts of a run that began, however it ended.
 
     Returns:
         The facts, as they were written to the run's folder.
@@ -57,11 +64,30 @@ def train(recipe: Recipe, runner: Runner, progress: Progress) -> RunFacts:
     runner.check()  # which also writes into the recipe what it finds in the data, such as a classifier's labels
     if recipe.resume:
         _check_unchanged(recipe, folder)
-    with folder.locked():
+    with folder.locked(), _disk_errors(folder):
         run = _begin(recipe, folder, progress)
-        with _recorded(run, runner), run.stop:
-            runner.train(run)
+        try:
+            with _recorded(run, runner), run.stop:
+                runner.train(run)
+        finally:
+            on_end(run.facts)
     return run.facts
+
+
+@contextmanager
+def _disk_errors(folder: RunFolder) -> Iterator[None]:
+    """Turn a full or failing disk into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.errno in _DISK else None
+        if reason is None and "PytorchStreamWriter" in str(error):  # how torch.save says it
+            reason = "torch.save failed, as on a full disk"
+        if reason is None or isinstance(error, LoraAdaptersError):
+            raise
+        raise StateError(
+            f"Writing to {folder.path} failed: {reason}. Make room, then give the same command with resume=true."
+        ) from error
 
 
 def _check_unchanged(recipe: Recipe, folder: RunFolder) -> None:

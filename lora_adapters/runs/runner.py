@@ -53,7 +53,8 @@ def runner_for(recipe: Recipe) -> Runner:
 class Runner(Protocol):
     """One task. Its class is the target of a `TrainerSpec`; it is made with the validated recipe.
 
-    The order of calls: `check`, then `plan` and `memory` or `train`; or `check` and `evaluate`; or `generate` alone.
+    The order of calls: `check`, then `plan` and `memory` or `train`; or `accept`, `check` and `evaluate`; or `accept` and
+    `generate`.
     """
 
     def __init__(self, recipe: Any) -> None: ...
@@ -66,6 +67,17 @@ class Runner(Protocol):
 
         Raises:
             LoraAdaptersError: one line that says what to do.
+        """
+        ...
+
+    def accept(self, adapters: Mapping[str, Path]) -> None:
+        """Take from saved adapters what the recipe leaves open, such as a classifier's labels. No weight is loaded.
+
+        Args:
+            adapters: name -> folder; each holds an adapter for the recipe's base.
+
+        Raises:
+            RequestError: they can't be used by one recipe, such as classifiers with other labels.
         """
         ...
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .folder import ADAPTER, RECIPE
+from .folder import ADAPTER, CHECKPOINTS, RECIPE
 
 if TYPE_CHECKING:
     from ..recipes.sections import Recipe
@@ -17,10 +17,10 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
     """Return a short name for each adapter -> its folder; a run's folder means the adapter in it.
 
     Raises:
-        RequestError: nothing is there, or it holds no adapter.
-        CheckpointError: an adapter on the Hub can't be had.
+        RequestError: a run has no adapter.
+        CheckpointError: nothing is there, it holds no adapter that can be read, or the Hub has none.
     """
-    from ..checkpoint import resolve_adapter_path
+    from ..checkpoint import inspect_adapter, resolve_adapter_path
 
     found: dict[str, Path] = {}
     for path in paths:
@@ -29,10 +29,15 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
             folder = folder / ADAPTER
         elif folder.is_dir() and (folder / RECIPE).is_file():
             raise RequestError(f"The run in {path} has no adapter: it ended before it saved one.")
-        resolved = resolve_adapter_path(str(folder) if folder.exists() else path, None)
-        name = folder.parent.name if folder.name == ADAPTER else folder.name
+        resolved = resolve_adapter_path(folder if folder.exists() else path)
+        inspect_adapter(resolved)
+        absolute = folder.resolve()
+        on_the_hub = not folder.is_dir()
+        name = path if on_the_hub else absolute.parent.name if absolute.name == ADAPTER else absolute.name
         unique = name if name not in found and name != "base" else path
-        found[unique] = Path(resolved)
+        while unique in found:
+            unique += "'"
+        found[unique] = resolved
     return found
 
 
@@ -50,16 +55,39 @@ def recipe_for(adapters: Mapping[str, Path], changes: Mapping[str, Any], overrid
     from ..recipes.reading import read_recipe, validate
 
     first = next(iter(adapters.values()))
-    path = first.parent / RECIPE
-    trained_here = first.name == ADAPTER and path.is_file()
-    mapping = read_recipe(path).model_dump(by_alias=True) if trained_here else _from_config(first)
+    path = _recipe_of(first)
+    mapping = read_recipe(path).model_dump(by_alias=True) if path is not None else _from_config(first)
     mapping |= {"resume": False, "overwrite": False}
     for section, values in changes.items():
         if isinstance(values, Mapping):
             mapping[section] = {**(mapping.get(section) or {}), **values}
         else:
             mapping[section] = values
-    return validate(mapping, str(path if trained_here else first), overrides)
+    recipe = validate(mapping, str(path or first), overrides)
+    if not any(override.partition("=")[0].strip() == "model.name" for override in overrides):
+        _check_same_base(adapters, recipe.model.name)
+    return recipe
+
+
+def _recipe_of(adapter: Path) -> Path | None:
+    """Return the recipe of the run that an adapter, or a checkpoint of it, belongs to; None if no run wrote it."""
+    adapter = adapter.resolve()
+    run = adapter.parent if adapter.name == ADAPTER else adapter.parent.parent
+    ours = adapter.name == ADAPTER or adapter.parent.name == CHECKPOINTS
+    return run / RECIPE if ours and (run / RECIPE).is_file() else None
+
+
+def _check_same_base(adapters: Mapping[str, Path], base: str) -> None:
+    """Raise if an adapter says that it was trained on another model than `base`. Who gives model.name knows better."""
+    from ..checkpoint import inspect_adapter
+
+    for name, folder in adapters.items():
+        own = inspect_adapter(folder).config.get("base_model_name_or_path")
+        if own and own != base and Path(own).resolve() != Path(base).resolve():
+            raise RequestError(
+                f"{name} was trained on {own}, and {next(iter(adapters))} on {base}: adapters on different bases can't be "
+                "compared in one command. If both are the same model, say where it lies: model.name=..."
+            )
 
 
 def _from_config(folder: Path) -> dict[str, Any]:
@@ -67,6 +95,7 @@ def _from_config(folder: Path) -> dict[str, Any]:
     from ..inspection import TASK_OF_TYPE
 
     config = inspect_adapter(folder).config
+    # No training data is needed, and the adapter's folder is never written to.
     task, base = TASK_OF_TYPE.get(config.get("task_type") or ""), config.get("base_model_name_or_path")
     mapping: dict[str, Any] = {"schema": 1, "model": {}, "data": {"train": ""}, "output": str(folder)}
     if task:

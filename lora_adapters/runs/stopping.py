@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -35,6 +37,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._at_once = False
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals.
@@ -45,10 +48,27 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def check(self) -> None:
-        """Raise InterruptedRunError if a signal came: for the stages in which there is nothing to save."""
-        if self.requested is not None:
-            raise self.error("Nothing was trained yet.")
+    @contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """Within this context the first signal ends the work at once: for long stages in which there is nothing to save.
+
+        Args:
+            what: what then has become of the run, such as "Nothing was trained yet."
+
+        Raises:
+            InterruptedRunError: a signal came, now or before.
+        """
+        self._at_once = True
+        try:
+            if self.requested is not None:
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            if self.requested is None:
+                raise
+            raise self.error(what) from None
+        finally:
+            self._at_once = False
 
     def error(self, what: str) -> InterruptedRunError:
         """Return the error that says which signal came, and `what` became of the run."""
@@ -59,4 +79,6 @@ class StopSignal:
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
+        if self._at_once:  # as KeyboardInterrupt: no library's `except Exception` keeps it
+            raise KeyboardInterrupt
         print("Stopping after this step, and saving; once more stops at once.", file=sys.stderr, flush=True)

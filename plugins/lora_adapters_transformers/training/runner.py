@@ -37,9 +37,10 @@ from lora_adapters.runs.runner import DivergedError, Run
 from ..callback import LoraCallback
 from ..data.encoding import Encoded
 from ..loading import read_config
-from .arguments import check_training, compute_dtype, training_arguments
+from .arguments import check_start, check_training, compute_dtype, training_arguments
 from .callback import Counter, RunCallback
 from .measures import Collate, Measured
+from .positions import limits
 
 #: A recipe's name of an adapter setting -> `attach`'s, where they differ.
 _PEFT_NAMES = {"init": "init_lora_weights", "dora": "use_dora", "rslora": "use_rslora"}
@@ -134,21 +135,51 @@ class TextRunner:
             raise LoraAdaptersError(f"model.name: {model.name!r} has no tokenizer that loads: {first}") from error
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
-                raise UnsupportedError(f"The tokenizer of {model.name!r} has neither a pad token nor an end token.")
+                raise UnsupportedError(
+                    f"model.name: the tokenizer of {model.name!r} has neither a pad token nor an end token. Name one of its "
+                    'tokens as "eos_token" in its tokenizer_config.json.'
+                )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
         """Read and encode the data, look the model up, and plan the adapter; no weight is read."""
+        data = self.recipe.data
+        if "train" not in parts and data.eval is None and data.eval_split is None and not data.eval_fraction:
+            raise RequestError("There is no eval data: give --data FILE, or data.eval=FILE.")
         check_training(self.recipe.training)
+        self._look_up()
+        if "train" in parts:
+            check_start(self.recipe.adapter, self.recipe.model.quantization)
+        self._check_lengths()
+        self.encode_data(parts)
+        if "train" in parts:
+            self.made_plan = self.plan(self.recipe.model.quantization)
+
+    def _look_up(self) -> None:
+        """Check device and model, and keep the libraries quiet."""
         _ = self.device, self.autocast
         check_model(self.recipe.model)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        self.encode_data(parts)
-        if "train" in parts:
-            self.made_plan = self.plan(self.recipe.model.quantization)
+
+    def _check_lengths(self) -> None:
+        """Refuse rows longer than the model has positions for; a length that nobody gave is lowered to that."""
+        training = self.recipe.training
+        for key, limit in zip(("max_length", "max_target_length"), limits(self._skeleton(task=self.task)), strict=True):
+            asked = getattr(training, key, None)
+            if limit is None or asked is None or asked <= limit:
+                continue
+            if key in training.model_fields_set:
+                raise RequestError(
+                    f"training.{key} is {asked}, and {self.recipe.model.name} has positions for {limit} tokens only: set "
+                    f"training.{key}={limit}, or take a model for longer texts."
+                )
+            setattr(training, key, limit)
+
+    def accept(self, adapters: Mapping[str, Path]) -> None:
+        """Take what the recipe leaves open; see `Runner.accept`."""
 
     def shape(self) -> tuple[int, int]:
         """Return rows and tokens of one forward pass."""
@@ -160,10 +191,13 @@ class TextRunner:
 
     def plan(self, quantization: Any) -> AttachPlan:
         """Return the recipe's plan for a base stored as `quantization` says."""
-        model, options = self.recipe.model, self.model_options()
-        source = {"dtype": model.dtype, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        base = skeleton(model.name, backend="transformers", **source, **options)
+        base = self._skeleton(**self.model_options())
         return la.plan(base, **self.attach_arguments(), quantization=quantization)
+
+    def _skeleton(self, **options: Any) -> Any:
+        model = self.recipe.model
+        source = {"dtype": model.dtype, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        return skeleton(model.name, backend="transformers", **source, **options)
 
     def memory(
         self, plan: AttachPlan, batch_size: int, length: int, checkpointing: bool, device: str | None = None
@@ -196,7 +230,13 @@ class TextRunner:
         """Train; see `Runner.train`."""
         facts, say = run.facts, run.progress.say
         assert self.train_rows is not None
-        facts.data = [encoded.facts for encoded in (self.train_rows, self.eval_rows) if encoded is not None]
+        data = [encoded.facts for encoded in (self.train_rows, self.eval_rows) if encoded is not None]
+        if run.resume_from is not None and facts.data and facts.data != data:
+            raise RequestError(
+                "resume=true, but the data is not what the run began with: a resumed run must go on as it began. Put the "
+                "files back, or give another output."
+            )
+        facts.data = data
         for part in facts.data:
             say(
                 f"{part.name}: {part.rows:,} rows of {part.source}" + "".join(_detail(*d) for d in part.details.items())
@@ -204,20 +244,18 @@ class TextRunner:
         if run.resume_from is None:
             self.preview(run.progress)
         facts.higher_is_better, facts.labels = list(self.higher_is_better), self.train_rows.label_names
-        self._predict(run)
-        run.stop.check()
-        say(f"loading {self.recipe.model.name}")
-        set_seed(self.recipe.training.seed)
-        model = self._load()
-        # Here, so that a new head starts from the seed whatever loading drew.
-        set_seed(self.recipe.training.seed)
-        lora = LoraCallback(model, **self.attach_arguments())
-        self._describe(run, lora)
-        say(f"adapting {len(lora.adapter.plan.layers)} layers: {facts.trainable_parameters:,} values to train")
-        run.stop.check()
-        self._check_model(lora.model)
-        self._before(run, lora.model)
-        run.stop.check()
+        with run.stop.at_once("Nothing was trained yet."):
+            self._predict(run)
+            say(f"loading {self.recipe.model.name}")
+            set_seed(self.recipe.training.seed)
+            model = self._load()
+            # Here, so that a new head starts from the seed whatever loading drew.
+            set_seed(self.recipe.training.seed)
+            lora = LoraCallback(model, **self.attach_arguments())
+            self._describe(run, lora)
+            say(f"adapting {len(lora.adapter.plan.layers)} layers: {facts.trainable_parameters:,} values to train")
+            self._check_model(lora.model)
+            self._before(run, lora.model)
         self._fit(run, lora)
 
     def _load(self) -> Any:
@@ -301,7 +339,8 @@ class TextRunner:
             raise DivergedError(
                 f"{callback.diverged} Training stopped at step {facts.steps}; {kept}. Try a lower training.learning_rate."
             )
-        self._after(run, lora.model)
+        with run.stop.at_once(f"The adapter is trained and saved in {run.folder.adapter}; resume=true measures it."):
+            self._after(run, lora.model)
 
     def _trainer(self, run: Run, lora: LoraCallback, counter: Counter, callback: RunCallback) -> Any:
         assert self.train_rows is not None
@@ -376,6 +415,7 @@ class TextRunner:
         self, adapters: Mapping[str, Path], prompts: Sequence[str], progress: Progress, **options: Any
     ) -> list[Sample]:
         """Return what the base and each adapter make of each prompt; see `Runner.generate`."""
+        self._look_up()
         found = [Sample(prompt, []) for prompt in prompts]
         for name, model in self._each(adapters, progress):
             for sample in found:

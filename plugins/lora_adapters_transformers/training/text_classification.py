@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding
 
+from lora_adapters.checkpoint import inspect_adapter
 from lora_adapters.errors import RequestError
 from lora_adapters.runs.progress import Progress
 
+from .. import head_facts
 from ..data.classification import check_classification, encode_classification
 from ..data.tables import read_data
 from .measures import Collate, Measured, classification, evaluating
@@ -36,6 +39,7 @@ class ClassificationRunner(TextRunner):
         if "train" in parts:
             self.train_rows = encode_classification(train, data, training, self.tokenizer)
             data.labels = self.train_rows.label_names
+        _ = self.labels  # those of the eval rows alone may be in another order
         if held_out is not None:
             self.eval_rows = encode_classification(held_out, data, training, self.tokenizer, name="eval")
 
@@ -44,8 +48,26 @@ class ClassificationRunner(TextRunner):
         """The label names, in the order of the head's outputs."""
         labels = self.recipe.data.labels
         if labels is None:
-            raise RequestError("data.labels: give the label names in the order the adapter was trained with.")
+            raise RequestError(
+                "data.labels: the adapter does not say its labels. Give their names in the order it was trained with: "
+                "'data.labels=[negative, positive]'."
+            )
         return labels
+
+    def accept(self, adapters: Mapping[str, Path]) -> None:
+        """Take the labels that the adapters' files name, which must be one list."""
+        data = self.recipe.data
+        for name, folder in adapters.items():
+            own = head_facts.read(inspect_adapter(folder)).get("labels")
+            if own is None or own == [f"LABEL_{i}" for i in range(len(own))]:  # what transformers calls them unasked
+                continue
+            if data.labels is None:
+                data.labels = own
+            if own != data.labels:
+                raise RequestError(
+                    f"data.labels: {name} was trained for {', '.join(own)}, and this is measured for "
+                    f"{', '.join(data.labels)}: classifiers with other labels, or another order, need a command each."
+                )
 
     def model_options(self) -> dict[str, Any]:
         """Ask for a head with these labels; a head of other labels is replaced by a new one."""

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lora_adapters.errors import RequestError
+
 from .measures import evaluating
+from .positions import limits
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, data: Any | None) -> list[int]:
@@ -46,7 +49,18 @@ def write(
         temperature: 0 takes the likeliest token.
         top_p: nucleus to sample from.
         beams: beams of a search; 1 is none.
+
+    Raises:
+        RequestError: the prompt leaves no room in the model's positions; an answer is at most as long as they allow.
     """
+    room, targets = limits(model)
+    if model.config.is_encoder_decoder:
+        room = targets
+    elif room is not None:
+        room -= len(ids)
+    if room is not None and room < 1:
+        raise RequestError(f"The prompt has {len(ids)} tokens, which leaves the model no room to answer: shorten it.")
+    max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
     ends = model.generation_config.eos_token_id
     # A chat template may end answers with a token of its own, which the checkpoint lists; rows without one end in this.
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
