@@ -20,6 +20,8 @@ _SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|canno
 
 #: Settings are suggested that take at most this share of what did not fit.
 _LESS = 0.85
+#: The prediction's error, and what libraries such as cuBLAS allocate for themselves beside tensors.
+_ERROR, _LIBRARIES = 0.05, 80 << 20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -60,7 +62,7 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
                 plans["nf4"] = runner.plan("nf4")
                 formats["nf4"] = None
         # The estimate may have fitted: then only clearly less than it is a way out.
-        limit = min(free, int(_LESS * estimate))
+        limit = min(int(free / (1 + _ERROR)) - _LIBRARIES, int(_LESS * estimate))
         found = suggest_fit(total, limit, batch_size=rows, sequence_length=length, quantizations=tuple(formats))
     except LoraAdaptersError as error:
         return DoesNotFitError(

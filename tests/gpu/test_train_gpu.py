@@ -57,8 +57,8 @@ def test_it_trains(recipe, tmp_path, way):
     assert facts.memory_measured["peak"] > facts.memory_measured["before"] > 0
     if way == "compiled":
         return  # the compiler's own buffers
-    # Tiny tensors, so the allocator's blocks of 512 bytes and cuBLAS's workspace weigh much.
-    assert facts.memory_measured["peak"] < 1.5 * facts.memory_planned["total"] + 40 * 2**20
+    # Next to tiny tensors cuBLAS's workspace, 64 MiB on newer GPUs, weighs much.
+    assert facts.memory_measured["peak"] < 1.5 * facts.memory_planned["total"] + 80 * 2**20
 
 
 def test_a_stopped_run_goes_on(recipe, tmp_path):

@@ -87,7 +87,7 @@ def test_a_task_end_to_end(ran, task):
     metrics, better, parts = EXPECTED[task]
     facts = RunFacts.read(folder / "facts.json")
     assert (facts.task, facts.status, facts.reason) == (task, "finished", "")
-    steps = 7 * facts.recipe["training"]["epochs"]  # 56 rows, 8 in a batch
+    steps = 7 * int(facts.recipe["training"]["epochs"])  # 56 rows, 8 in a batch
     assert facts.steps == facts.total_steps == steps
     assert list(facts.before) == list(facts.after) == metrics
     assert facts.after[better] < facts.before[better]
