@@ -177,7 +177,8 @@ def load(
         trust_remote_code: run code that the checkpoint brings. Off unless you trust its author.
         progress: False keeps the backend's framework from showing progress bars meanwhile, True makes it show them; None
             leaves that as it is set.
-        **options: backend specific, such as `task="text-classification"` or `num_labels=` for transformers.
+        **options: backend specific, such as `task="text-classification"`, `num_labels=` or `plan=` (store the base as an
+            AttachPlan made on its `skeleton` does) for transformers.
 
     Raises:
         DoesNotFitError: it needs more memory than is free; the message lists settings that would fit.

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from lora_adapters.attach_plan import AttachPlan
 from lora_adapters.device import pick_device
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.hooks.manager import require
@@ -56,6 +57,7 @@ def load(
     trust_remote_code: bool,
     task: str | None = None,
     ignore_mismatched_sizes: bool = False,
+    plan: AttachPlan | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a model; see `lora_adapters.load`.
@@ -64,13 +66,25 @@ def load(
         name, quantization, dtype, device, revision, trust_remote_code: as there.
         task: one of `TASKS`; None takes the class that the checkpoint names.
         ignore_mismatched_sizes: start weights anew that the checkpoint holds in another shape, such as another task's head.
+        plan: store the base as this plan does, made on the model's skeleton: modules that it trains whole stay dense.
+            `quantization` must be None then.
         **options: fields of the model's config, such as num_labels.
+
+    Raises:
+        RequestError: `quantization` and `plan` are both given.
     """
+    if plan is not None:
+        if quantization is not None:
+            raise RequestError("A plan says how the base is stored: leave quantization out.")
+        quantization = plan.request.quantization
     target = pick_device(device)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     auto, config, dtype = _what_to_load(name, options, source, task, dtype, target)
     skeleton = on_meta(auto, config, dtype, trust_remote_code)
-    formats = quantized_layers(skeleton, quantization) if quantization is not None else {}
+    if plan is not None:
+        formats = dict(plan.quantize)
+    else:
+        formats = quantized_layers(skeleton, quantization) if quantization is not None else {}
     if formats:
         require(("bitsandbytes",), "bnb", f"quantization={quantization!r}")
     check_load(skeleton, formats, name=name, revision=revision, dtype=dtype, device=str(target))
@@ -83,7 +97,7 @@ def load(
     guard_cpu_repacking(model)
     if formats and bnb is None:
         request = AttachRequest.make(quantization=quantization, targets="all-linear")
-        quantize(model, make_plan(model, request))
+        quantize(model, plan or make_plan(model, request))
     return model
 
 

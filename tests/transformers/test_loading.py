@@ -183,3 +183,25 @@ def test_the_users_variable_has_the_last_word_and_nothing_is_said_about_it(folde
             [sys.executable, "-c", code, folder], env=variables, capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("quantization", ["nf4", {"attention": "nf4", "mlp": "int8"}])
+def test_a_plan_says_how_the_base_is_stored(tmp_path, quantization):
+    """What it trains whole stays dense; without the plan loading could not know of it."""
+    from bases import bert_base
+
+    from lora_adapters.api import skeleton
+
+    source = {"task": "text-classification", "num_labels": 3}
+    name = bert_base(tmp_path / "bert")
+    asked = {"rank": 2, "targets": "all-linear", "modules_to_save": ["classifier", "pooler"]}
+    made = la.plan(skeleton(name, **source), **asked, quantization=quantization)
+    assert made.quantize
+    assert "bert.pooler.dense" not in made.quantize
+    model = la.load(name, plan=made, **source)
+    formats = {n: s.format for n, s in stores(model).items()}
+    assert formats == {n: made.quantize.get(n, "dense") for n in formats}
+    adapter = la.attach(model, **asked)
+    assert set(adapter.plan.trained) == {"classifier", "pooler"}
+    with pytest.raises(RequestError, match="leave quantization out"):
+        la.load(name, plan=made, quantization="nf4", **source)

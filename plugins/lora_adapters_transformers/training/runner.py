@@ -83,7 +83,6 @@ class TextRunner:
         self.recipe = recipe
         self.train_rows: Encoded | None = None
         self.eval_rows: Encoded | None = None
-        self.made_plan: AttachPlan | None = None
 
     # ---- what a task says --------------------------------------------------------------------------------------------
 
@@ -154,7 +153,7 @@ class TextRunner:
         self._check_lengths()
         self.encode_data(parts)
         if "train" in parts:
-            self.made_plan = self.plan(self.recipe.model.quantization)
+            _ = self.made_plan
 
     def _look_up(self) -> None:
         """Check device and model, and keep the libraries quiet."""
@@ -180,6 +179,11 @@ class TextRunner:
 
     def accept(self, adapters: Mapping[str, Path]) -> None:
         """Take what the recipe leaves open; see `Runner.accept`."""
+
+    @cached_property
+    def made_plan(self) -> AttachPlan:
+        """The recipe's plan, on the model without its weights."""
+        return self.plan(self.recipe.model.quantization)
 
     def shape(self) -> tuple[int, int]:
         """Return rows and tokens of one forward pass."""
@@ -263,7 +267,7 @@ class TextRunner:
         model = la.load(
             section.name,
             backend="transformers",
-            quantization=section.quantization,
+            plan=self.made_plan,
             dtype=section.dtype,
             device=section.device,
             revision=section.revision,
@@ -279,7 +283,6 @@ class TextRunner:
         """Check what can only be seen on the model itself."""
 
     def _predict(self, run: Run) -> None:
-        assert self.made_plan is not None
         rows, length = self.shape()
         try:
             step = self.memory(self.made_plan, rows, length, self.recipe.training.gradient_checkpointing)
