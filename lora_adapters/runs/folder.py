@@ -31,7 +31,7 @@ except ImportError:  # Windows has no flock; there two runs in one folder are no
 #: Files and folders of a run. A folder that holds anything else is no run's folder and is left alone.
 ADAPTER, RECIPE, METRICS, FACTS = "adapter", "recipe.yaml", "metrics.jsonl", "facts.json"
 ENVIRONMENT, REPORT, CHECKPOINTS = "environment.json", "report.html", "checkpoints"
-#: What TensorBoard reads.
+#: What TensorBoard and W&B write.
 LOGS = "logs"
 #: Written and removed, to see whether the folder can be written to.
 _TRIAL = ".facts.json.trial"

@@ -351,8 +351,13 @@ class TextRunner:
         settings = training_arguments(
             self.recipe.training, run.folder.checkpoints, len(rows), self.eval_rows is not None, self.device
         )
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder.path / LOGS)
-        arguments = self.arguments_class(**settings, **self.more_arguments())
+        # What Trainer's reporting reads; a folder that the user named for W&B stays.
+        logs = run.folder.path / LOGS
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
+        if "wandb" in self.recipe.training.report_to and "WANDB_DIR" not in os.environ:
+            logs.mkdir(exist_ok=True)
+            os.environ["WANDB_DIR"] = str(logs)
+        arguments = self.arguments_class(**settings, **self.more_arguments(), run_name=run.folder.path.name)
         if self.device.type == "cuda":
             if arguments.device.index not in (None, self.device.index or 0):
                 raise RequestError(
