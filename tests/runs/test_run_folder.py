@@ -36,7 +36,7 @@ def test_a_new_or_empty_folder(folder):
     assert not folder.path.exists()  # checking changes nothing
     folder.path.mkdir()
     folder.check(resume=False, overwrite=False)
-    with pytest.raises(RequestError, match="there is no run in .*leave resume out"):
+    with pytest.raises(RequestError, match=r"there is no run in .*leave resume out"):
         folder.check(resume=True, overwrite=False)
 
 
@@ -100,7 +100,7 @@ def test_a_file_or_a_place_in_a_file(folder):
     with pytest.raises(RequestError, match="is a file: give another folder"):
         folder.check(resume=False, overwrite=False)
     below = RunFolder(folder.path / "deeper")
-    with pytest.raises(RequestError, match="can't be written: Not a directory. Give another folder"):
+    with pytest.raises(RequestError, match=r"can't be written: Not a directory\. Give another folder"):
         with below.locked():
             pass
 
