@@ -38,7 +38,7 @@ class Output:
 
 
 def output_options(command: _Command) -> _Command:
-    """Give a command --json and --quiet, and an `output` argument that holds both."""
+    """Give a command --json and --quiet, with an `output` argument that holds both, and --traceback (see `main`)."""
 
     def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
         return command(*args, output=Output(as_json, quiet), **kwargs)
@@ -46,6 +46,7 @@ def output_options(command: _Command) -> _Command:
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
+        click.option("--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error."),
         click.option("--quiet", "-q", is_flag=True, help="Print no progress and no tables; the exit status tells."),
         click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON."),
     ):
