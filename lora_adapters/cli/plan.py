@@ -161,12 +161,15 @@ def _settings(step: _Step, limit: int) -> list[dict[str, Any]]:
             plans["nf4"] = step.planned("nf4")
 
     def total(rows: int, length: int, checkpointed: bool, fmt: str | None) -> int:
-        return step.memory(plans[fmt], rows, length, checkpointed).total
+        # Checkpointing that was asked for stays.
+        return step.memory(plans[fmt], rows, length, checkpointed or step.checkpointing).total
 
+    if total(1, 1, True, list(plans)[-1]) > limit:
+        return []  # a hundred predictions would be in vain
     found = suggest_fit(
         total, limit, batch_size=step.batch_size, sequence_length=step.length, quantizations=tuple(plans)
     )
-    return [asdict(setting) for setting in found]
+    return [asdict(setting) | {"checkpointing": setting.checkpointing or step.checkpointing} for setting in found]
 
 
 def _name(quantization: Any) -> str | None:

@@ -10,7 +10,7 @@ import click
 from .output import Output, output_options, print_facts, print_table
 
 if TYPE_CHECKING:
-    from ..runs.facts import RunFacts
+    from ..report.facts import RunFacts
 
 
 @click.command("train")

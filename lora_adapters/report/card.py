@@ -15,7 +15,7 @@ from .readable import as_number, duration, number, share, text, words, writable
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-    from ..runs.facts import DataFacts, RunFacts
+    from .facts import DataFacts, RunFacts
 
 #: Task -> how the Hub files it.
 PIPELINES = {

@@ -14,7 +14,7 @@ from .readable import as_number, duration, moment, number, share, text, words, w
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from ..runs.facts import RunFacts, Table
+    from .facts import RunFacts, Table
 
 #: Status -> (what a person calls it, how serious it is: a CSS class).
 _STATUS = {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..runs.facts import AdaptedGroup, SkippedGroup
+from .facts import AdaptedGroup, SkippedGroup
 
 if TYPE_CHECKING:
     from ..attach_plan import AttachPlan

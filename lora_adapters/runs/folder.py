@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError, StateError
+from ..report.facts import RunFacts
 from . import checkpoints
-from .facts import RunFacts
 
 try:
     import fcntl

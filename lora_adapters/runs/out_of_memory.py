@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ _SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|canno
 
 #: Settings are suggested that take at most this share of what did not fit.
 _LESS = 0.85
+#: Tokens per row: recipes refuse less.
+_SHORTEST = 8
 #: The prediction's error, and what libraries such as cuBLAS allocate for themselves beside tensors.
 _ERROR, _LIBRARIES = 0.05, 80 << 20
 
@@ -63,7 +66,18 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
                 formats["nf4"] = None
         # The estimate may have fitted: then only clearly less than it is a way out.
         limit = min(int(free / (1 + _ERROR)) - _LIBRARIES, int(_LESS * estimate))
-        found = suggest_fit(total, limit, batch_size=rows, sequence_length=length, quantizations=tuple(formats))
+
+        def way_out(batch: int, tokens: int, checkpointing: bool, quantization: Any) -> int:
+            """Keep checkpointing where it was asked for, and rows as long as a recipe may ask for."""
+            if tokens < min(length, _SHORTEST):
+                return sys.maxsize
+            return total(batch, tokens, checkpointing or wanted, quantization)
+
+        found = []
+        if (
+            way_out(1, min(length, _SHORTEST), True, list(formats)[-1]) <= limit
+        ):  # else a hundred predictions are in vain
+            found = suggest_fit(way_out, limit, batch_size=rows, sequence_length=length, quantizations=tuple(formats))
     except LoraAdaptersError as error:
         return DoesNotFitError(
             f"Out of memory on {device}, where {format_size(free)} were free before the model was loaded, and a step's "
@@ -87,8 +101,8 @@ def _way(recipe: Recipe, setting: FitSetting, rows: int, length: int) -> str:
         overrides.append(f"training.gradient_accumulation={steps}")
     if setting.sequence_length != length:
         overrides.append(f"training.max_length={setting.sequence_length}")
-    if setting.checkpointing != recipe.training.gradient_checkpointing:
-        overrides.append(f"training.gradient_checkpointing={str(setting.checkpointing).lower()}")
+    if setting.checkpointing and not recipe.training.gradient_checkpointing:
+        overrides.append("training.gradient_checkpointing=true")
     if setting.quantization not in (recipe.model.quantization, "as asked"):
         overrides.append(f"model.quantization={setting.quantization}")
     return f"{' '.join(overrides)} ({format_size(setting.nbytes)})"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraAdaptersError, RequestError, StateError
 from ..recipes.reading import dump, read_recipe
+from ..report.facts import RunFacts
 from .checkpoints import newest, step_of
 from .environment import environment
-from .facts import RunFacts
 from .folder import RECIPE, REPORT, RunFolder, write_text
 from .out_of_memory import explain, is_out_of_memory
 from .progress import Progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import LoraAdaptersError
 from ..hooks.manager import load_object, plugins
-from .facts import RunFacts, Sample
+from ..report.facts import RunFacts, Sample
 from .folder import RunFolder
 from .progress import Progress
 from .stopping import StopSignal

@@ -6,7 +6,7 @@ import pytest
 from bases import llama_base, sums, write_recipe, write_rows
 from helpers import run_cli
 
-from lora_adapters.runs.facts import RunFacts
+from lora_adapters.report.facts import RunFacts
 
 pytestmark = pytest.mark.gpu
 

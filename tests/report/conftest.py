@@ -7,7 +7,7 @@ from io import BytesIO
 
 import pytest
 
-from lora_adapters.runs.facts import AdaptedGroup, DataFacts, RunFacts, Sample, SkippedGroup, Table
+from lora_adapters.report.facts import AdaptedGroup, DataFacts, RunFacts, Sample, SkippedGroup, Table
 
 
 @pytest.fixture

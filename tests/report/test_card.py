@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import lora_adapters as la
 from lora_adapters.report.card import PIPELINES, model_card
-from lora_adapters.runs.facts import AdaptedGroup, DataFacts, RunFacts
+from lora_adapters.report.facts import AdaptedGroup, DataFacts, RunFacts
 
 EVIL = "\ud83d a|b`c\n---\n# head\n```\n<script>alert(1)</script>: [x](http://y) *z* \u2028{{q}}"
 

@@ -9,9 +9,9 @@ import matplotlib
 import pytest
 
 from lora_adapters.report.charts import charts
+from lora_adapters.report.facts import AdaptedGroup, DataFacts, RunFacts, Sample, SkippedGroup, Table
 from lora_adapters.report.html import changes, key_numbers, memory_bars, render_report
 from lora_adapters.report.readable import duration, number, share
-from lora_adapters.runs.facts import AdaptedGroup, DataFacts, RunFacts, Sample, SkippedGroup, Table
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}"
 

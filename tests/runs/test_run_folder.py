@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lora_adapters.errors import CheckpointError, RequestError, StateError
-from lora_adapters.runs.facts import AdaptedGroup, DataFacts, RunFacts, Sample, SkippedGroup, Table
+from lora_adapters.report.facts import AdaptedGroup, DataFacts, RunFacts, Sample, SkippedGroup, Table
 from lora_adapters.runs.folder import RunFolder, finite
 
 
@@ -287,7 +287,7 @@ def test_facts_are_written_whole_or_not_at_all(folder):
     before = (folder.path / "facts.json").read_bytes()
     code = (
         "import resource, signal, sys; from lora_adapters.runs.folder import RunFolder\n"
-        "from lora_adapters.runs.facts import RunFacts\n"
+        "from lora_adapters.report.facts import RunFacts\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
         "RunFolder(sys.argv[1]).write_facts(RunFacts('seq2seq', 'other'))"
     )

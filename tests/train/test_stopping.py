@@ -15,8 +15,8 @@ from bases import llama_base, sums, write_recipe, write_rows
 from helpers import run_cli
 from safetensors.torch import load_file
 
+from lora_adapters.report.facts import RunFacts
 from lora_adapters.runs.checkpoints import is_complete
-from lora_adapters.runs.facts import RunFacts
 
 #: Of a line of metrics.jsonl, what depends on the machine and not on the run.
 MACHINE = ("tokens_per_second", "rows_per_second", "memory")
@@ -161,7 +161,12 @@ def test_an_earlier_run_is_not_lost(recipe, whole):
 def test_gradients_that_are_not_finite(recipe, tmp_path, policy):
     """A learning rate that throws the weights to 1e30: the next gradient is not finite."""
     folder = tmp_path / "run"
-    overrides = ["training.optimizer=sgd", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.warmup=3"]
+    overrides = [
+        "training.optimizer=sgd",
+        "training.learning_rate=1e30",
+        "training.max_grad_norm=0",
+        "training.warmup=3",
+    ]
     done = run_cli("train", recipe, f"output={folder}", f"training.nan={policy}", "training.save_every=1", *overrides)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

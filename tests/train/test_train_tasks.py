@@ -10,7 +10,7 @@ from helpers import run_cli
 from safetensors.torch import load_file
 
 from lora_adapters.recipes.reading import read_recipe
-from lora_adapters.runs.facts import RunFacts
+from lora_adapters.report.facts import RunFacts
 
 TRAINING = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "max_length": 64, "log_every": 2}
 
@@ -48,7 +48,11 @@ def recipes(folder: Path) -> dict[str, str]:
             folder / "reward.yaml",
             task="reward",
             model={"name": str(folder / "llama"), "device": "cpu"},
-            data={"train": write_rows(folder / "pairs.jsonl", preferences()), "prompt": "prompt", "eval_fraction": 0.125},
+            data={
+                "train": write_rows(folder / "pairs.jsonl", preferences()),
+                "prompt": "prompt",
+                "eval_fraction": 0.125,
+            },
             output=str(folder / "reward"),
             **common,
         ),
@@ -57,7 +61,11 @@ def recipes(folder: Path) -> dict[str, str]:
 
 #: Task -> metrics that are measured, the one that must have become better, and the parts of a sample.
 EXPECTED = {
-    "causal-lm": (["loss", "perplexity", "token_accuracy"], "loss", ["prompt", "expected", "answer, base", "answer, adapter"]),
+    "causal-lm": (
+        ["loss", "perplexity", "token_accuracy"],
+        "loss",
+        ["prompt", "expected", "answer, base", "answer, adapter"],
+    ),
     "seq2seq": (
         ["loss", "perplexity", "token_accuracy", "rouge1", "rouge2", "rougeL"],
         "loss",
@@ -81,7 +89,7 @@ def ran(tmp_path_factory):
 
 @pytest.mark.parametrize("task", list(EXPECTED))
 def test_a_task_end_to_end(ran, task):
-    recipe, folder, done = ran[task]
+    _, folder, done = ran[task]
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     metrics, better, parts = EXPECTED[task]
@@ -104,7 +112,8 @@ def test_a_task_end_to_end(ran, task):
     assert environment["torch"] == torch.__version__.partition("+")[0]
     assert "<svg" in (folder / "report.html").read_text()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"checkpoint-{steps}"]
-    assert any(tensor.abs().max() > 0 for name, tensor in load_file(folder / "adapter/adapter_model.safetensors").items() if "lora_B" in name)  # fmt: skip
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
     assert str(folder / "adapter") in done.stdout
 
 
@@ -140,7 +149,9 @@ def test_stock_peft_gives_the_same_loss(ran):
 @pytest.mark.parametrize("task", list(EXPECTED))
 def test_generate_shows_the_base_and_each_adapter(ran, task):
     _, folder, _ = ran[task]
-    done = run_cli("generate", str(folder), str(folder / "adapter"), "--prompt", "the sun", "--prompt", "snow", "--json")
+    done = run_cli(
+        "generate", str(folder), str(folder / "adapter"), "--prompt", "the sun", "--prompt", "snow", "--json"
+    )
     assert done.returncode == 0, done.stderr
     samples = json.loads(done.stdout)
     assert [sample["title"] for sample in samples] == ["the sun", "snow"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_adapters.errors import RequestError
-from lora_adapters.runs.facts import DataFacts
+from lora_adapters.report.facts import DataFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_adapters.runs.facts import Table
+from lora_adapters.report.facts import Table
 
 #: rows -> batch of tensors.
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]

@@ -26,9 +26,9 @@ from lora_adapters.free_memory import free_memory
 from lora_adapters.inject import fallbacks
 from lora_adapters.memory import StepMemory
 from lora_adapters.recipes.sections import AdapterSection
+from lora_adapters.report.facts import Sample
 from lora_adapters.report.plan_groups import adapted, skipped
 from lora_adapters.runs import checkpoints
-from lora_adapters.runs.facts import Sample
 from lora_adapters.runs.folder import LOGS
 from lora_adapters.runs.measured import PeakMemory
 from lora_adapters.runs.progress import Progress
