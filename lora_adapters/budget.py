@@ -55,6 +55,7 @@ def suggest_fit(
     sequence_length: int,
     quantizations: Iterable[str | None] = (None, "nf4"),
     count: int = 3,
+    shortest: int = 1,
 ) -> list[FitSetting]:
     """Return up to `count` settings that fit, nearest to what was asked for first; empty if none does.
 
@@ -66,10 +67,11 @@ def suggest_fit(
         batch_size, sequence_length: what is wanted.
         quantizations: formats of the base to try, in order of preference.
         count: how many settings to return.
+        shortest: no sequence becomes shorter than this.
     """
     limit, formats = parse_size(budget), tuple(quantizations)
     found: list[FitSetting] = []
-    for length in _halvings(sequence_length):
+    for length in [n for n in _halvings(sequence_length) if n >= min(shortest, sequence_length)]:
         for batch in _halvings(batch_size):
             for quantization in formats:
                 for checkpointing in (False, True):

@@ -25,6 +25,8 @@ _LESS = 0.85
 _SHORTEST = 8
 #: The prediction's error, and what libraries such as cuBLAS allocate for themselves beside tensors.
 _ERROR, _LIBRARIES = 0.05, 80 << 20
+#: The least that a recipe may say in training.max_length.
+_SHORTEST = 8
 
 
 def is_out_of_memory(error: BaseException) -> bool:

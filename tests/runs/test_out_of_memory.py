@@ -34,7 +34,7 @@ def test_a_failed_allocation_is_known(allocate):
 
 @pytest.mark.parametrize(
     "fail",
-    [lambda: torch.zeros(2) @ torch.zeros(3), lambda: torch.zeros(2**62, 2**62), lambda: {}["memory"], lambda: [][0]],
+    [lambda: torch.zeros(2) @ torch.zeros(3), lambda: torch.zeros(2**62, 2**62), lambda: {}["memory"]],
 )
 def test_other_failures_are_not(fail):
     with pytest.raises(Exception) as caught:
