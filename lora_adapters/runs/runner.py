@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,6 +44,14 @@ class Run:
     progress: Progress
     stop: StopSignal = field(default_factory=StopSignal)
     resume_from: Path | None = None
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """Within this context, before the first step, a signal ends the run at once: there is nothing to save."""
+        return self.stop.at_once("Nothing was trained yet.")
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Within this context, after the last step, a signal ends the run at once: everything is saved."""
+        return self.stop.at_once(f"The adapter is trained and saved in {self.folder.adapter}; resume=true measures it.")
 
 
 def runner_for(recipe: Recipe) -> Runner:

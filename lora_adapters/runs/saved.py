@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,22 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
             unique += "'"
         found[unique] = resolved
     return found
+
+
+def each_model(model: Any, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Yield ("base", model), then for each adapter its name and the model that carries it.
+
+    Args:
+        model: the base.
+        adapters: as `named` returns them.
+    """
+    from ..api import restore
+
+    yield "base", model
+    for name, path in adapters.items():
+        adapter = restore(model, path)
+        yield name, adapter.model
+        adapter.detach()
 
 
 def recipe_for(adapters: Mapping[str, Path], changes: Mapping[str, Any], overrides: Sequence[str]) -> Recipe:

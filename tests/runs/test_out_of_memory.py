@@ -1,12 +1,11 @@
 """Failed allocations are known as such, and the message gives settings that the plan says fit."""
 
-import re
-
 import numpy
 import pytest
 import torch
 from bases import llama_base, sums, write_recipe, write_rows
 
+from lora_adapters.budget import suggest_fit
 from lora_adapters.errors import DoesNotFitError
 from lora_adapters.recipes.reading import read_recipe
 from lora_adapters.runs.out_of_memory import explain, is_out_of_memory
@@ -104,11 +103,13 @@ def test_every_way_out_fits_and_computes_the_same_batch(recipe, name):
     assert "gradient_checkpointing=false" not in message
 
 
-def test_rows_never_become_shorter_than_a_recipe_may_say(recipe):
-    message, _ = explained(recipe, 0.75, "training.batch_size=1")
-    lengths = [int(number) for number in re.findall(r"max_length=(\d+)", message)]
-    assert lengths
-    assert min(lengths) >= 8
+def test_rows_never_become_shorter_than_a_recipe_may_say():
+    def memory(rows, length, checkpointing, quantization):
+        return rows * length
+
+    found = suggest_fit(memory, 16, batch_size=1, sequence_length=62, quantizations=(None,), shortest=8)
+    assert [setting.sequence_length for setting in found] == [15]
+    assert suggest_fit(memory, 6, batch_size=1, sequence_length=62, quantizations=(None,), shortest=8) == []
 
 
 def test_where_nothing_fits(recipe):

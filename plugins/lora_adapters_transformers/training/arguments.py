@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,12 @@ import torch
 
 from lora_adapters.errors import RequestError
 from lora_adapters.hooks.manager import require
-from lora_adapters.recipes.sections import AdapterSection, TrainingSection
+from lora_adapters.recipes.sections import TrainingSection
+from lora_adapters.runs.schedule import save_every, steps_in_all
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "sgd": "sgd", "adafactor": "adafactor"}
 #: Where to report -> the package that Trainer's reporting needs.
 _REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
-#: Starts of A and B that a recipe can ask for, and those that need data or settings that it does not hold.
-_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
-_STARTS_FROM_DATA = ("eva", "corda", "loftq", "lora_ga")
 
 
 def check_training(training: TrainingSection) -> None:
@@ -28,27 +23,6 @@ def check_training(training: TrainingSection) -> None:
         require((_REPORTERS[name],), "", f"training.report_to: {name}")
     if training.optimizer == "adamw_8bit":
         require(("bitsandbytes",), "bnb", "training.optimizer: adamw_8bit")
-
-
-def check_start(adapter: AdapterSection, quantization: Any) -> None:
-    """Raise if A and B can't start as the recipe asks."""
-    start = adapter.init
-    if not isinstance(start, str):
-        return
-    if start in _STARTS_FROM_DATA:
-        raise RequestError(
-            f"adapter.init: {start!r} needs data or settings that a recipe can't give: use lora_adapters.attach in Python, "
-            f"or take {', '.join(_STARTS)}."
-        )
-    if start not in _STARTS and not re.fullmatch(r"pissa_niter_[1-9]\d*", start):
-        near = get_close_matches(start, _STARTS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"adapter.init: there is no {start!r}.{hint} Take {', '.join(_STARTS)}, true or false.")
-    if quantization is not None and start != "gaussian":
-        raise RequestError(
-            f"adapter.init: {start!r} is not for quantized bases (PEFT's needs dense weights): leave out "
-            "model.quantization, or take adapter.init=true."
-        )
 
 
 def compute_dtype(training: TrainingSection, device: torch.device) -> torch.dtype | None:
@@ -68,14 +42,6 @@ def compute_dtype(training: TrainingSection, device: torch.device) -> torch.dtyp
     if training.precision == "float16" and device.type == "cpu":
         raise RequestError("training.precision: float16 needs a GPU; on a CPU take bfloat16, float32 or auto.")
     return getattr(torch, training.precision)
-
-
-def steps_in_all(training: TrainingSection, rows: int) -> int:
-    """Return the number of optimizer steps, as Trainer counts them."""
-    if training.max_steps is not None:
-        return training.max_steps
-    batches = math.ceil(rows / training.batch_size)
-    return max(1, math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation)))
 
 
 def training_arguments(
@@ -116,7 +82,7 @@ def training_arguments(
         # A loss that is not finite must be seen; a skipped step's is left out of the mean.
         "logging_nan_inf_filter": training.nan == "skip",
         "save_strategy": "steps",
-        "save_steps": training.save_every or max(1, math.ceil(total / 10)),
+        "save_steps": save_every(training, total),
         "save_total_limit": None,  # lora_adapters.runs.checkpoints prunes, once the new one is whole
         "eval_strategy": "steps" if training.eval_every and evaluates else "no",
         "eval_steps": training.eval_every,

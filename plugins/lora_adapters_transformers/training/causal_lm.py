@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
+from lora_adapters.runs.measuring import Measured
 from lora_adapters.runs.progress import Progress
 
 from ..data.causal import check_causal, encode_causal
 from ..data.packing import check_packing, collate_packed, pack, packing_facts, row_to_check
 from ..data.preview import preview, show
 from ..data.tables import read_data
-from .measures import Collate, Measured, language_model
+from .measures import Collate, language_model
 from .runner import TextRunner
 from .writing import chat_prompt, write
 

@@ -5,46 +5,17 @@ Losses are means over tokens (or rows) of the whole data, not means of batches' 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_adapters.report.facts import Table
+from lora_adapters.runs.class_measures import class_measures
+from lora_adapters.runs.measuring import Measured, evaluating
 
 #: rows -> batch of tensors.
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-
-
-@dataclass
-class Measured:
-    """What was measured.
-
-    Attributes:
-        metrics: name -> value.
-        tables: more detail, for the report.
-        outputs: one text per row, in the rows' order, where the task writes or chooses something.
-    """
-
-    metrics: dict[str, float]
-    tables: list[Table] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def evaluating(model: Any, autocast: torch.dtype | None) -> Iterator[torch.device]:
-    """Within this context the model is in eval mode, without gradients, in the dtype it trains in."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            yield device
-    finally:
-        model.train(training)
 
 
 def batches(rows: Any, size: int, collate: Collate, device: torch.device, length: Callable[[dict[str, Any]], int]):
@@ -104,35 +75,7 @@ def classification(
             for index, answer in zip(indices, logits.argmax(-1).tolist(), strict=True):
                 chosen[index] = answer
     wanted = list(rows["labels"])
-    confusion = [[0] * len(labels) for _ in labels]
-    for truth, answer in zip(wanted, chosen, strict=True):
-        confusion[truth][answer] += 1
-    per_class = [_scores(confusion, i) for i in range(len(labels))]
-    present = [scores for scores in per_class if scores[3]]
-    metrics = {
-        "loss": total / len(rows),
-        "accuracy": sum(t == c for t, c in zip(wanted, chosen, strict=True)) / len(rows),
-        "macro_f1": sum(scores[2] for scores in present) / len(present),
-    }
-    tables = [
-        Table(
-            "Per class",
-            ["label", "precision", "recall", "F1", "rows"],
-            [[n, *s] for n, s in zip(labels, per_class, strict=True)],
-        )
-    ]
-    if len(labels) <= 30:
-        counts = [[name, *row] for name, row in zip(labels, confusion, strict=True)]
-        tables.append(Table("Confusion matrix (rows: true label)", ["", *labels], counts))
-    return Measured(metrics, tables, [labels[answer] for answer in chosen])
-
-
-def _scores(confusion: list[list[int]], i: int) -> tuple[float, float, float, int]:
-    """Return precision, recall, F1 and the number of rows of one class."""
-    right, answered, true = confusion[i][i], sum(row[i] for row in confusion), sum(confusion[i])
-    precision, recall = right / max(1, answered), right / max(1, true)
-    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-    return precision, recall, f1, true
+    return class_measures(total / len(rows), wanted, chosen, labels)
 
 
 def preference(model: Any, rows: Any, size: int, collate: Collate, autocast: torch.dtype | None) -> Measured:

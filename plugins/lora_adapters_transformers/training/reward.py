@@ -11,12 +11,13 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from lora_adapters.attach_plan import AttachPlan
 from lora_adapters.memory import StepMemory
+from lora_adapters.runs.measuring import Measured, evaluating
 from lora_adapters.runs.progress import Progress
 
 from ..data.preview import preview, show
 from ..data.reward import check_reward, encode_reward
 from ..data.tables import read_data
-from .measures import Collate, Measured, evaluating, preference
+from .measures import Collate, preference
 from .runner import Measuring, TextRunner
 from .writing import chat_prompt
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -19,31 +18,29 @@ from transformers.trainer_callback import PrinterCallback
 import lora_adapters as la
 from lora_adapters.api import skeleton
 from lora_adapters.attach_plan import AttachPlan
-from lora_adapters.budget import format_size
 from lora_adapters.device import pick_device
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
-from lora_adapters.free_memory import free_memory
-from lora_adapters.inject import fallbacks
 from lora_adapters.memory import StepMemory
-from lora_adapters.recipes.sections import AdapterSection
+from lora_adapters.recipes.adapting import attach_arguments, check_start
 from lora_adapters.report.facts import Sample
-from lora_adapters.report.plan_groups import adapted, skipped
-from lora_adapters.runs import checkpoints
+from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
 from lora_adapters.runs.folder import LOGS
+from lora_adapters.runs.gradients import GradientGuard
+from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.measured import PeakMemory
+from lora_adapters.runs.measuring import Measured, record_after, record_before
 from lora_adapters.runs.progress import Progress
-from lora_adapters.runs.runner import DivergedError, Run
+from lora_adapters.runs.runner import Run
+from lora_adapters.runs.saved import each_model
+from lora_adapters.runs.showing import Rates, Steps
 
 from ..callback import LoraCallback
 from ..data.encoding import Encoded
 from ..loading import read_config
-from .arguments import check_start, check_training, compute_dtype, training_arguments
+from .arguments import check_training, compute_dtype, training_arguments
 from .callback import Counter, RunCallback
-from .measures import Collate, Measured
+from .measures import Collate
 from .positions import limits
-
-#: A recipe's name of an adapter setting -> `attach`'s, where they differ.
-_PEFT_NAMES = {"init": "init_lora_weights", "dora": "use_dora", "rslora": "use_rslora"}
 
 
 class Measuring:
@@ -196,7 +193,7 @@ class TextRunner:
     def plan(self, quantization: Any) -> AttachPlan:
         """Return the recipe's plan for a base stored as `quantization` says."""
         base = self._skeleton(**self.model_options())
-        return la.plan(base, **self.attach_arguments(), quantization=quantization)
+        return la.plan(base, **attach_arguments(self.recipe.adapter), quantization=quantization)
 
     def _skeleton(self, **options: Any) -> Any:
         model = self.recipe.model
@@ -217,17 +214,6 @@ class TextRunner:
             checkpointing=checkpointing or None,
         )
 
-    def attach_arguments(self) -> dict[str, Any]:
-        """Return the recipe's adapter section as `attach` takes it; what was left out is left to `attach`."""
-        section: AdapterSection = self.recipe.adapter
-        given = {name: getattr(section, name) for name in type(section).model_fields}
-        plain = {name: f.default for name, f in type(section).model_fields.items()}
-        return {
-            _PEFT_NAMES.get(name, name): value
-            for name, value in given.items()
-            if value != plain[name] or name in ("rank", "targets")
-        }
-
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, run: Run) -> None:
@@ -235,29 +221,19 @@ class TextRunner:
         facts, say = run.facts, run.progress.say
         assert self.train_rows is not None
         data = [encoded.facts for encoded in (self.train_rows, self.eval_rows) if encoded is not None]
-        if run.resume_from is not None and facts.data and facts.data != data:
-            raise RequestError(
-                "resume=true, but the data is not what the run began with: a resumed run must go on as it began. Put the "
-                "files back, or give another output."
-            )
-        facts.data = data
-        for part in facts.data:
-            say(
-                f"{part.name}: {part.rows:,} rows of {part.source}" + "".join(_detail(*d) for d in part.details.items())
-            )
+        record_data(run, data)
         if run.resume_from is None:
             self.preview(run.progress)
         facts.higher_is_better, facts.labels = list(self.higher_is_better), self.train_rows.label_names
-        with run.stop.at_once("Nothing was trained yet."):
-            self._predict(run)
+        with run.preparing():
+            record_memory(run, self, self.made_plan, self.device)
             say(f"loading {self.recipe.model.name}")
             set_seed(self.recipe.training.seed)
             model = self._load()
             # Here, so that a new head starts from the seed whatever loading drew.
             set_seed(self.recipe.training.seed)
-            lora = LoraCallback(model, **self.attach_arguments())
-            self._describe(run, lora)
-            say(f"adapting {len(lora.adapter.plan.layers)} layers: {facts.trainable_parameters:,} values to train")
+            lora = LoraCallback(model, **attach_arguments(self.recipe.adapter))
+            record_adapter(run, lora.adapter)
             self._check_model(lora.model)
             self._before(run, lora.model)
         self._fit(run, lora)
@@ -282,67 +258,37 @@ class TextRunner:
     def _check_model(self, model: Any) -> None:
         """Check what can only be seen on the model itself."""
 
-    def _predict(self, run: Run) -> None:
-        rows, length = self.shape()
-        try:
-            step = self.memory(self.made_plan, rows, length, self.recipe.training.gradient_checkpointing)
-        except UnsupportedError as error:
-            run.facts.notes.append(f"A step's memory was not predicted: {error}")
-            return
-        run.facts.memory_planned = {f.name: getattr(step, f.name) for f in fields(step)}
-        free = free_memory(str(self.device))
-        run.progress.say(
-            f"a step of {rows} x {length} takes {format_size(step.total)} by the plan; {format_size(free)} are free on "
-            f"{self.device}" + (": it may not fit (lora-adapters plan says what would)" if step.total > free else "")
-        )
-
-    def _describe(self, run: Run, lora: LoraCallback) -> None:
-        plan, facts = lora.adapter.plan, run.facts
-        facts.adapted, facts.skipped = adapted(plan, fallbacks(lora.adapter.base, plan)), skipped(plan)
-        facts.trained = list(plan.trained)
-        facts.notes += [note for note in plan.notes if note not in facts.notes]
-        facts.trainable_parameters, facts.total_parameters = plan.trainable_parameters, plan.total_parameters
-
     def _before(self, run: Run, model: Any) -> None:
         """Measure the base, unless the run that is resumed has done so."""
         if self.eval_rows is None or run.facts.before:
             return
         run.progress.say(f"measuring the base on {len(self.eval_rows.rows):,} rows")
         measured = self.measure(model, self.eval_rows.rows)
-        run.facts.before = measured.metrics
         count = min(self.recipe.samples, len(self.eval_rows.rows))
-        before = self.samples(model, count, measured)
-        run.facts.samples = [
-            Sample(f"Eval row {i + 1}", [*parts[:-1], (f"{parts[-1][0]}, base", parts[-1][1])])
-            for i, parts in enumerate(before)
-        ]
-        run.folder.write_facts(run.facts)
+        record_before(run, measured, self._shown(model, count, measured))
+
+    def _shown(self, model: Any, count: int, measured: Measured) -> list[Sample]:
+        found = self.samples(model, count, measured)
+        return [Sample(f"Eval row {i + 1}", parts) for i, parts in enumerate(found)]
 
     def _fit(self, run: Run, lora: LoraCallback) -> None:
         assert self.train_rows is not None
-        counter = Counter(self.collator(training=True))
-        callback = RunCallback(run, counter, self.device)
-        trainer = self._trainer(run, lora, counter, callback)
+        steps = Steps(run, self.device, Rates("tokens", "rows"))
+        counter = Counter(self.collator(training=True), steps.rates)
+        guard = GradientGuard(run)
+        trainer = self._trainer(run, lora, counter, RunCallback(run, steps, guard))
         memory = PeakMemory(self.device)
         resume = str(run.resume_from) if run.resume_from is not None else None
         trainer.train(resume_from_checkpoint=resume)
         facts = run.facts
         facts.memory_measured = memory.read()
         facts.steps, facts.epochs = trainer.state.global_step, float(trainer.state.epoch or 0)
-        facts.throughput = callback.rates()
+        facts.throughput = steps.rates.read()
         run.progress.stop()
-        self._save(run, lora, callback)
-        if run.stop.requested is not None:
-            saved = f"Step {facts.steps} of {facts.total_steps} and the adapter are saved in {run.folder.path}"
-            raise run.stop.error(f"{saved}; the same command with resume=true goes on.")
-        if callback.diverged:
-            kept = (
-                f"the adapter from before is in {run.folder.adapter}" if run.folder.adapter.exists() else "none is kept"
-            )
-            raise DivergedError(
-                f"{callback.diverged} Training stopped at step {facts.steps}; {kept}. Try a lower training.learning_rate."
-            )
-        with run.stop.at_once(f"The adapter is trained and saved in {run.folder.adapter}; resume=true measures it."):
+        if save_adapter(run, lora.adapter, guard):
+            self.tokenizer.save_pretrained(run.folder.adapter)
+        raise_unless_finished(run, guard)
+        with run.measuring():
             self._after(run, lora.model)
 
     def _trainer(self, run: Run, lora: LoraCallback, counter: Counter, callback: RunCallback) -> Any:
@@ -384,29 +330,12 @@ class TextRunner:
         """Return arguments of `arguments_class` besides those of every task."""
         return {}
 
-    def _save(self, run: Run, lora: LoraCallback, callback: RunCallback) -> None:
-        """Save the adapter if its values are finite, else the newest checkpoint's."""
-        if all(bool(p.isfinite().all()) for p in lora.adapter.parameters()):
-            lora.adapter.save(run.folder.adapter)
-        elif (last := checkpoints.newest(run.folder.checkpoints)) is not None:
-            # It was finite, or it could not have been trained on.
-            restored = la.restore(lora.adapter.detach(), last)
-            restored.save(run.folder.adapter)
-        else:
-            callback.diverged = callback.diverged or "The adapter's values are not finite."
-            return
-        self.tokenizer.save_pretrained(run.folder.adapter)
-        run.facts.adapter_bytes = sum(p.stat().st_size for p in run.folder.adapter.glob("adapter_*"))
-
     def _after(self, run: Run, model: Any) -> None:
         if self.eval_rows is None:
             return
         run.progress.say("measuring the adapter")
         measured = self.measure(model, self.eval_rows.rows)
-        run.facts.after, run.facts.tables = measured.metrics, measured.tables
-        after = self.samples(model, len(run.facts.samples), measured)
-        for sample, parts in zip(run.facts.samples, after, strict=True):
-            sample.parts = [*sample.parts[: len(parts)], (f"{parts[-1][0]}, adapter", parts[-1][1])]
+        record_after(run, measured, self._shown(model, len(run.facts.samples), measured))
 
     # ---- saved adapters ----------------------------------------------------------------------------------------------
 
@@ -439,15 +368,7 @@ class TextRunner:
         progress.say(f"loading {self.recipe.model.name}")
         set_seed(self.recipe.training.seed)
         model = self._load()
-        yield "base", model
-        for name, path in adapters.items():
-            adapter = la.restore(model, path)
-            yield name, adapter.model
-            adapter.detach()
-
-
-def _detail(name: str, value: Any) -> str:
-    return f", {value:,} {name}" if isinstance(value, int) else f", {name}: {value}"
+        yield from each_model(model, adapters)
 
 
 def check_model(section: Any) -> None:

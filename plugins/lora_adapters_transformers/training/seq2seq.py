@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
+from lora_adapters.runs.measuring import Measured
 from lora_adapters.runs.progress import Progress
 
 from ..data.preview import preview, show
 from ..data.rouge import rouge
 from ..data.seq2seq import check_seq2seq, encode_seq2seq
 from ..data.tables import read_data
-from .measures import Collate, Measured, language_model
+from .measures import Collate, language_model
 from .runner import TextRunner
 from .writing import write
 

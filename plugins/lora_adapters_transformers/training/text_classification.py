@@ -11,12 +11,13 @@ from transformers import DataCollatorWithPadding
 
 from lora_adapters.checkpoint import inspect_adapter
 from lora_adapters.errors import RequestError
+from lora_adapters.runs.measuring import Measured, evaluating
 from lora_adapters.runs.progress import Progress
 
 from .. import head_facts
 from ..data.classification import check_classification, encode_classification
 from ..data.tables import read_data
-from .measures import Collate, Measured, classification, evaluating
+from .measures import Collate, classification
 from .runner import TextRunner
 
 #: Labels that an answer names with their probabilities.

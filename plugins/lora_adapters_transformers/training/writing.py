@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_adapters.errors import RequestError
+from lora_adapters.runs.measuring import evaluating
 
-from .measures import evaluating
 from .positions import limits
 
 
