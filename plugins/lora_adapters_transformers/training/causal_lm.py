@@ -55,7 +55,7 @@ class CausalLMRunner(TextRunner):
         if training and self.recipe.training.packing:
             pad = self.tokenizer.pad_token_id
             return lambda rows: collate_packed(rows, pad)
-        pad = DataCollatorForSeq2Seq(self.tokenizer)
+        pad = DataCollatorForSeq2Seq(self.padder)
         return lambda rows: dict(pad([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]))
 
     def _check_model(self, model: Any) -> None:

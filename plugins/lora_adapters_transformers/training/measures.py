@@ -55,6 +55,8 @@ def language_model(model: Any, rows: Any, size: int, collate: Collate, autocast:
             logits = model(**given, **({"use_cache": False} if shifted else {})).logits
             if shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
+                if "attention_mask" in batch:  # the first token of a row that is padded on the left follows nothing
+                    labels = labels.masked_fill(batch["attention_mask"][:, :-1] == 0, -100)
             losses = token_losses(logits, labels)
             total, right, count = total + losses[0], right + losses[1], count + losses[2]
     loss = total / max(1, count)

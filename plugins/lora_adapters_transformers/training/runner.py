@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -136,6 +137,15 @@ class TextRunner:
                     'tokens as "eos_token" in its tokenizer_config.json.'
                 )
             tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def padder(self) -> PreTrainedTokenizerBase:
+        """The tokenizer for collators. It pads on the right, whatever the checkpoint says for generation: learnt positions
+        begin at the first token then, and no pad token predicts one.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.padding_side = "right"
         return tokenizer
 
     def check(self, parts: Sequence[str] = ("train", "eval")) -> None:

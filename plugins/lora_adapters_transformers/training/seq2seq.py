@@ -49,7 +49,7 @@ class Seq2SeqRunner(TextRunner):
 
     def collator(self, training: bool) -> Collate:
         """Pad ids with the pad token and labels with -100."""
-        pad = DataCollatorForSeq2Seq(self.tokenizer)
+        pad = DataCollatorForSeq2Seq(self.padder)
         return lambda rows: dict(pad([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]))
 
     def measure(self, model: Any, rows: Any) -> Measured:

@@ -89,7 +89,7 @@ class ClassificationRunner(TextRunner):
 
     def collator(self, training: bool) -> Collate:
         """Pad ids with the pad token."""
-        pad = DataCollatorWithPadding(self.tokenizer)
+        pad = DataCollatorWithPadding(self.padder)
         return lambda rows: dict(pad([{k: v for k, v in row.items() if k != "text"} for row in rows]))
 
     def measure(self, model: Any, rows: Any) -> Measured:
