@@ -1,0 +1,61 @@
+"""Looks at gradients before they change a weight, and does what the recipe's `training.nan` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .runner import DivergedError, Run
+
+#: With `nan: skip`, and where float16's loss scaling skips steps by itself: so many in a row, and the run has diverged.
+_SKIPPED_IN_A_ROW = 25
+
+
+class GradientGuard:
+    """The NaN policy of one run.
+
+    Attributes:
+        diverged: why training has to stop after this step; "" while it goes on.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.diverged = ""
+        self._facts, self._policy = run.facts, run.recipe.training.nan
+        self._in_a_row = 0
+
+    def passes(self, parameters: Iterable[torch.nn.Parameter], step: int) -> bool:
+        """Return True if the optimizer may use the gradients; else they are dropped, and the step counts as skipped.
+
+        Args:
+            parameters: those of the optimizer; more do no harm.
+            step: the number of this step, counted from 1.
+
+        Raises:
+            DivergedError: the gradient is not finite and the policy is "raise".
+        """
+        parameters = [p for p in parameters if p.grad is not None]
+        if bool(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).isfinite()):
+            self.taken()
+            return True
+        if self._policy == "raise":
+            raise DivergedError(
+                f"The gradient of step {step} is not finite (training.nan is raise). Nothing was saved."
+            )
+        for parameter in parameters:
+            parameter.grad = None  # optimizers pass parameters without a gradient over
+        self.skipped(step)
+        if self._policy == "stop":
+            self.diverged = f"The gradient of step {step} is not finite."
+        return False
+
+    def taken(self) -> None:
+        """Note a step that was taken. For loops in which a loss scaler looks at the gradients; `passes` calls it itself."""
+        self._in_a_row = 0
+
+    def skipped(self, step: int) -> None:
+        """Note a step that was skipped, by a loss scaler or here: some are normal, many in a row are not."""
+        self._facts.skipped_steps += 1
+        self._in_a_row += 1
+        if self._in_a_row >= _SKIPPED_IN_A_ROW:
+            self.diverged = f"The gradients of the {self._in_a_row} steps up to step {step} are not finite."
