@@ -1,4 +1,4 @@
-"""Looks at gradients before they change a weight, and does what the recipe's `training.nan` says."""
+"""Looks at gradients before they change a weight, and at weights before they are saved, as `training.nan` says."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ class GradientGuard:
         self.skipped(step)
         if self._policy == "stop":
             self.diverged = f"The gradient of step {step} is not finite."
+        return False
+
+    def holds(self, parameters: Iterable[torch.nn.Parameter], step: int) -> bool:
+        """Return True if the values after step `step` are finite, and may be saved; else training has to stop.
+
+        A step can make them infinite with a finite gradient: ask before each checkpoint, or what is kept is of no use.
+        """
+        if all(bool(p.isfinite().all()) for p in parameters):
+            return True
+        self.diverged = self.diverged or f"The adapter's values after step {step} are not finite."
         return False
 
     def taken(self) -> None:

@@ -1,13 +1,9 @@
-"""What is kept of a training run, its values being finite, and what the user is told if it ends early."""
+"""What is kept of a training run, and what the user is told if it ends early."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..api import restore
 from . import checkpoints
@@ -18,16 +14,12 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
 
 
-def keep_checkpoint(run: Run, folder: Path, trained: Iterable[torch.nn.Parameter]) -> None:
-    """Declare a checkpoint whole, and let go of older ones; one whose values are not finite is removed instead.
+def keep_checkpoint(run: Run, folder: Path) -> None:
+    """Declare a checkpoint whole, and let go of older ones.
 
     Args:
         folder: run.folder.checkpoints / "checkpoint-STEP", with everything in it.
-        trained: the parameters that it holds.
     """
-    if not _finite(trained):
-        shutil.rmtree(folder)
-        return
     checkpoints.complete(folder)
     checkpoints.prune(folder.parent, run.recipe.training.keep_checkpoints)
     run.folder.write_facts(run.facts)
@@ -38,14 +30,12 @@ def save_adapter(run: Run, adapter: Adapter, guard: GradientGuard) -> bool:
 
     The adapter is detached where a checkpoint's takes its place: the run has diverged then, which the guard is told.
     """
-    if _finite(adapter.parameters()):
+    if guard.holds(adapter.parameters(), run.facts.steps):
         adapter.save(run.folder.adapter)
-    else:
-        guard.diverged = guard.diverged or "The adapter's values are not finite."
-        last = checkpoints.newest(run.folder.checkpoints)
-        if last is None:
-            return False
+    elif (last := checkpoints.newest(run.folder.checkpoints)) is not None:
         restore(adapter.detach(), last).save(run.folder.adapter)
+    else:
+        return False
     run.facts.adapter_bytes = sum(p.stat().st_size for p in run.folder.adapter.glob("adapter_*"))
     return True
 
@@ -66,7 +56,3 @@ def raise_unless_finished(run: Run, guard: GradientGuard) -> None:
         raise DivergedError(
             f"{guard.diverged} Training stopped at step {facts.steps}; {kept}. Try a lower training.learning_rate."
         )
-
-
-def _finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
-    return all(bool(p.isfinite().all()) for p in parameters)

@@ -44,11 +44,16 @@ class RunCallback(TrainerCallback):
         """Begin to show and to measure."""
         self.steps.begin(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show the step; end here if the user asked for it."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Show the step; end here if the user asked for it, or if there is nothing finite to save."""
         self.steps.done(state.global_step, float(state.epoch or 0))
         if self.run.stop.requested is not None:
             control.should_save = control.should_training_stop = True
+        trained = (p for p in model.parameters() if p.requires_grad)
+        if control.should_save and not self.guard.holds(trained, state.global_step):
+            control.should_save, control.should_training_stop = False, True
 
     def on_log(
         self,
@@ -84,9 +89,6 @@ class RunCallback(TrainerCallback):
         if self.guard.diverged:
             control.should_training_stop = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Keep the checkpoint, if it is worth it."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        keep_checkpoint(self.run, folder, (p for p in model.parameters() if p.requires_grad))
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Declare the checkpoint whole."""
+        keep_checkpoint(self.run, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
