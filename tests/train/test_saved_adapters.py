@@ -1,4 +1,4 @@
-"""`eval` and `generate` on saved adapters: of runs, of PEFT alone, several side by side, and those that don't go together."""
+"""`eval` and `generate` on saved adapters: of runs, of PEFT alone, side by side, and what can't be compared."""
 
 import json
 import math

@@ -66,7 +66,8 @@ def training_arguments(
         "gradient_accumulation_steps": training.gradient_accumulation,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.schedule if training.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": training.warmup,
+        # Trainer rounds a share up, and a warm-up's first step has a rate of 0: a run of one step would learn nothing.
+        "warmup_steps": int(training.warmup if training.warmup >= 1 else training.warmup * total),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": _OPTIMIZERS[training.optimizer],
