@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .errors import RequestError
+from .errors import RequestError, UnsupportedError
 
 _UNITS = {"": 1, "b": 1, **{f"{p}ib": 1 << 10 * i for i, p in enumerate("kmgt", 1)}}
 _UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
@@ -36,6 +36,11 @@ def format_size(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
+def format_shape(rows: int, length: int) -> str:
+    """Return the shape of a training step: "4 x 512", or "4 rows" for a task whose rows have no length."""
+    return f"{rows} x {length}" if length > 1 else f"{rows} row{'s' if rows > 1 else ''}"
+
+
 @dataclass(frozen=True)
 class FitSetting:
     """Settings of a training step that fit a budget, and the bytes they take."""
@@ -62,7 +67,8 @@ def suggest_fit(
     The batch is halved before the sequence (gradient accumulation makes up for a batch, nothing for a sequence).
 
     Args:
-        memory: bytes of a step for (batch_size, sequence_length, checkpointing, quantization).
+        memory: bytes of a step for (batch_size, sequence_length, checkpointing, quantization). An UnsupportedError with
+            checkpointing says that the model has none.
         budget: bytes, or a size such as "16GiB".
         batch_size, sequence_length: what is wanted.
         quantizations: formats of the base to try, in order of preference.
@@ -75,7 +81,12 @@ def suggest_fit(
         for batch in _halvings(batch_size):
             for quantization in formats:
                 for checkpointing in (False, True):
-                    nbytes = memory(batch, length, checkpointing, quantization)
+                    try:
+                        nbytes = memory(batch, length, checkpointing, quantization)
+                    except UnsupportedError:
+                        if not checkpointing:
+                            raise
+                        break  # a model that can't be checkpointed
                     if nbytes <= limit:
                         found.append(FitSetting(batch, length, checkpointing, quantization, nbytes))
                         break

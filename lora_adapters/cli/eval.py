@@ -19,6 +19,7 @@ def command(adapters: tuple[str, ...], data: str | None, output: Output) -> None
     An adapter that `train` made brings its recipe. For any other, say what the data holds:
     task=causal-lm data.prompt=question data.completion=answer.
     """
+    from ..errors import RequestError
     from ..runs.folder import finite
     from ..runs.progress import Progress
     from ..runs.runner import runner_for
@@ -28,6 +29,8 @@ def command(adapters: tuple[str, ...], data: str | None, output: Output) -> None
     paths, overrides = split(adapters)
     found = named(paths)
     recipe = recipe_for(found, {} if data is None else {"data": _only(data)}, overrides)
+    if data is not None and getattr(recipe.data, "eval", None) != data:
+        raise RequestError(f"--data: the task {recipe.task!r} has no data.eval; change its own keys as key=value.")
     progress = Progress(quiet=output.quiet or output.as_json)
     runner = runner_for(recipe)
     runner.accept(found)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..budget import format_shape
 from ..errors import RequestError
 from .output import Output, output_options, print_facts, print_table
 
@@ -98,7 +99,7 @@ def _model_step(model: str, options: dict[str, Any], output: Output) -> _Step:
     def memory(made: AttachPlan, rows: int, length: int, checkpointed: bool) -> StepMemory:
         import torch
 
-        output.say(f"predicting {rows} x {length}{', checkpointed' if checkpointed else ''}")
+        output.say(f"predicting {format_shape(rows, length)}{', checkpointed' if checkpointed else ''}")
         autocast = _COMPUTE[options["compute"]]
         return made.memory(
             rows,
@@ -143,7 +144,7 @@ def _recipe_step(
     device = options["device"] if chosen or limit is not None else None
 
     def memory(made: AttachPlan, rows: int, length: int, checkpointed: bool) -> StepMemory:
-        output.say(f"predicting {rows} x {length}{', checkpointed' if checkpointed else ''}")
+        output.say(f"predicting {format_shape(rows, length)}{', checkpointed' if checkpointed else ''}")
         return runner.memory(made, rows, length, checkpointed, device)
 
     return _Step(
@@ -198,7 +199,7 @@ def _print(made: AttachPlan, step: StepMemory, gpu: dict[str, Any] | None, shape
 
     click.echo(str(made))
     parts = {name: format_size(size) for name, size in asdict(step).items()}
-    print_facts(parts, title=f"Memory of a training step, {shape[0]} x {shape[1]}")
+    print_facts(parts, title=f"Memory of a training step, {format_shape(*shape)}")
     if gpu is None:
         return
     size = format_size(gpu["bytes"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..budget import format_size
+from ..budget import format_shape, format_size
 from ..errors import RequestError, UnsupportedError
 from ..free_memory import free_memory
 from ..inject import fallbacks
@@ -49,9 +49,10 @@ def record_memory(run: Run, runner: Runner, plan: AttachPlan, device: torch.devi
         return
     run.facts.memory_planned = asdict(step)
     free = free_memory(str(device))
+    warning = ": it may not fit (lora-adapters plan says what would)" if step.total > free else ""
     run.progress.say(
-        f"a step of {rows} x {length} takes {format_size(step.total)} by the plan; {format_size(free)} are free on "
-        f"{device}" + (": it may not fit (lora-adapters plan says what would)" if step.total > free else "")
+        f"a step of {format_shape(rows, length)} takes {format_size(step.total)} by the plan; {format_size(free)} are free "
+        f"on {device}{warning}"
     )
 
 

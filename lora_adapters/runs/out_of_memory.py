@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..budget import FitSetting, format_size, suggest_fit
+from ..budget import FitSetting, format_shape, format_size, suggest_fit
 from ..errors import DoesNotFitError, LoraAdaptersError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
                 plans["nf4"] = runner.plan("nf4")
                 formats["nf4"] = None
         # The estimate may have fitted: then only clearly less than it is a way out.
-        limit = min(int(free / (1 + _ERROR)) - _LIBRARIES, int(_LESS * estimate))
+        limit = max(0, min(int(free / (1 + _ERROR)) - _LIBRARIES, int(_LESS * estimate)))
 
         def way_out(batch: int, tokens: int, checkpointing: bool, quantization: Any) -> int:
             """Keep checkpointing where it was asked for, and rows as long as a recipe may ask for."""
@@ -76,9 +76,9 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
             return total(batch, tokens, checkpointing or wanted, quantization)
 
         found = []
-        if (
-            way_out(1, min(length, _SHORTEST), True, list(formats)[-1]) <= limit
-        ):  # else a hundred predictions are in vain
+        # Where the least does not fit, a hundred predictions are in vain.
+        least = {"batch_size": 1, "sequence_length": min(length, _SHORTEST), "quantizations": list(formats)[-1:]}
+        if suggest_fit(way_out, limit, **least, count=1):
             found = suggest_fit(way_out, limit, batch_size=rows, sequence_length=length, quantizations=tuple(formats))
     except LoraAdaptersError as error:
         return DoesNotFitError(
@@ -86,7 +86,8 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
             f"memory can't be predicted for this model ({error}). Halve training.batch_size and double "
             "training.gradient_accumulation, set training.gradient_checkpointing=true, or model.quantization=nf4."
         )
-    step = f"a step of {rows} x {length} takes {format_size(estimate)}" + (" by the plan" if estimate <= free else "")
+    by = " by the plan" if estimate <= free else ""
+    step = f"a step of {format_shape(rows, length)} takes {format_size(estimate)}{by}"
     start = f"Out of memory on {device}: {step}, and {format_size(free)} were free before the model was loaded."
     if not found:
         return DoesNotFitError(f"{start} No smaller batch, shorter row or 4-bit base fits: take a smaller model.")

@@ -62,7 +62,7 @@ def recipe_for(adapters: Mapping[str, Path], changes: Mapping[str, Any], overrid
 
     Args:
         adapters: as `named` returns them.
-        changes: section -> key -> value, set before the overrides.
+        changes: section -> key -> value, set before the overrides; keys that the task does not have are left out.
         overrides: "data.text=body", as for `train`.
 
     Raises:
@@ -76,13 +76,30 @@ def recipe_for(adapters: Mapping[str, Path], changes: Mapping[str, Any], overrid
     mapping |= {"resume": False, "overwrite": False}
     for section, values in changes.items():
         if isinstance(values, Mapping):
-            mapping[section] = {**(mapping.get(section) or {}), **values}
+            known = _keys(mapping, overrides, section)
+            mapping[section] = {
+                **(mapping.get(section) or {}),
+                **{key: value for key, value in values.items() if known is None or key in known},
+            }
         else:
             mapping[section] = values
     recipe = validate(mapping, str(path or first), overrides)
     if not any(override.partition("=")[0].strip() == "model.name" for override in overrides):
         _check_same_base(adapters, recipe.model.name)
     return recipe
+
+
+def _keys(mapping: Mapping[str, Any], overrides: Sequence[str], section: str) -> set[str] | None:
+    """Return the keys of a section of the task's recipe, None if the task is not known."""
+    from ..recipes.messages import sections_of
+    from ..recipes.tasks import recipe_class, trainer_of
+
+    tasks = [o.partition("=")[2].strip() for o in overrides if o.partition("=")[0].strip() == "task"]
+    task = tasks[-1] if tasks else mapping.get("task")
+    try:
+        return set(sections_of(recipe_class(trainer_of(str(task)))).get((section,), ()))
+    except RequestError:
+        return None
 
 
 def _recipe_of(adapter: Path) -> Path | None:
