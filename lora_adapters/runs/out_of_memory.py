@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,17 +68,15 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
         # The estimate may have fitted: then only clearly less than it is a way out.
         limit = max(0, min(int(free / (1 + _ERROR)) - _LIBRARIES, int(_LESS * estimate)))
 
-        def way_out(batch: int, tokens: int, checkpointing: bool, quantization: Any) -> int:
-            """Keep checkpointing where it was asked for, and rows as long as a recipe may ask for."""
-            if tokens < min(length, _SHORTEST):
-                return sys.maxsize
-            return total(batch, tokens, checkpointing or wanted, quantization)
-
-        found = []
-        # Where the least does not fit, a hundred predictions are in vain.
-        least = {"batch_size": 1, "sequence_length": min(length, _SHORTEST), "quantizations": list(formats)[-1:]}
-        if suggest_fit(way_out, limit, **least, count=1):
-            found = suggest_fit(way_out, limit, batch_size=rows, sequence_length=length, quantizations=tuple(formats))
+        found = suggest_fit(
+            # Checkpointing that was asked for stays.
+            lambda batch, tokens, checkpointing, fmt: total(batch, tokens, checkpointing or wanted, fmt),
+            limit,
+            batch_size=rows,
+            sequence_length=length,
+            quantizations=tuple(formats),
+            shortest=_SHORTEST,
+        )
     except LoraAdaptersError as error:
         return DoesNotFitError(
             f"Out of memory on {device}, where {format_size(free)} were free before the model was loaded, and a step's "
