@@ -76,22 +76,29 @@ def suggest_fit(
         shortest: no sequence becomes shorter than this.
     """
     limit, formats = parse_size(budget), tuple(quantizations)
+    batches = _halvings(batch_size)
+    lengths = [n for n in _halvings(sequence_length) if n >= min(shortest, sequence_length)]
+
+    def fitting(batch: int, length: int, quantization: str | None) -> FitSetting | None:
+        for checkpointing in (False, True):
+            try:
+                nbytes = memory(batch, length, checkpointing, quantization)
+            except UnsupportedError:
+                if not checkpointing:
+                    raise
+                return None  # a model that can't be checkpointed
+            if nbytes <= limit:
+                return FitSetting(batch, length, checkpointing, quantization, nbytes)
+        return None
+
+    if not any(fitting(1, lengths[-1], quantization) for quantization in formats):
+        return []  # a hundred predictions would be in vain
     found: list[FitSetting] = []
-    for length in [n for n in _halvings(sequence_length) if n >= min(shortest, sequence_length)]:
-        for batch in _halvings(batch_size):
-            for quantization in formats:
-                for checkpointing in (False, True):
-                    try:
-                        nbytes = memory(batch, length, checkpointing, quantization)
-                    except UnsupportedError:
-                        if not checkpointing:
-                            raise
-                        break  # a model that can't be checkpointed
-                    if nbytes <= limit:
-                        found.append(FitSetting(batch, length, checkpointing, quantization, nbytes))
-                        break
-                if len(found) == count:
-                    return found
+    for length in lengths:
+        for batch in batches:
+            found += filter(None, (fitting(batch, length, quantization) for quantization in formats))
+            if len(found) >= count:
+                return found[:count]
     return found
 
 

@@ -165,8 +165,6 @@ def _settings(step: _Step, limit: int) -> list[dict[str, Any]]:
         # Checkpointing that was asked for stays.
         return step.memory(plans[fmt], rows, length, checkpointed or step.checkpointing).total
 
-    if total(1, 1, True, list(plans)[-1]) > limit:
-        return []  # a hundred predictions would be in vain
     found = suggest_fit(
         total, limit, batch_size=step.batch_size, sequence_length=step.length, quantizations=tuple(plans)
     )

@@ -20,8 +20,6 @@ _SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|canno
 
 #: Settings are suggested that take at most this share of what did not fit.
 _LESS = 0.85
-#: Tokens per row: recipes refuse less.
-_SHORTEST = 8
 #: The prediction's error, and what libraries such as cuBLAS allocate for themselves beside tensors.
 _ERROR, _LIBRARIES = 0.05, 80 << 20
 #: The least that a recipe may say in training.max_length.
