@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers import run_cli
 from lora_adapters_example import int4, models
 
 from lora_adapters import api, hookimpl
 from lora_adapters.errors import MissingDependencyError, RequestError
 from lora_adapters.hooks.manager import plugins
 from lora_adapters.hooks.specs import BackendSpec
+from lora_adapters.recipes.reading import dump, validate
+from lora_adapters.runs.out_of_memory import explain
+from lora_adapters.runs.runner import runner_for
 from lora_adapters.weights import store_for
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "third_party_plugin"
@@ -31,13 +36,14 @@ def _contracts():
 TestMixer = _contracts().TestMixer
 TestMixerWithANewClassifier = _contracts().TestMixerWithANewClassifier
 TestInt4Rows = _contracts().TestInt4Rows
+TestMixerClassification = _contracts().TestMixerClassification
 
 
 def test_the_entry_point_is_found():
     status = {s.name: s for s in plugins().status()}["example"]
     assert (status.state, status.origin) == ("ready", "lora-adapters-example 0.1.0")
     assert status.hooks == tuple(
-        f"lora_adapters_{what}" for what in ("backends", "layers", "quantizers", "target_maps")
+        f"lora_adapters_{what}" for what in ("backends", "layers", "quantizers", "target_maps", "trainers")
     )
 
 
@@ -107,6 +113,35 @@ def test_a_backend_that_cannot_be_used_does_not_stop_load(tmp_path):
 def test_a_backend_without_progress_bars_is_not_asked_about_them(tmp_path, progress):
     models.Mixer(blocks=1).save(tmp_path)
     assert type(api.load(str(tmp_path), device="cpu", progress=progress)) is models.Mixer
+
+
+def test_a_task_without_checkpointing_gets_other_settings_that_fit(tmp_path):
+    """Its Mixer can't be checkpointed and its rows have no length: neither is suggested, and nothing else is lost."""
+    models.Mixer(patches=16, values=4, channels=256, classes=10).save(tmp_path)
+    np.savez(tmp_path / "noise.npz", images=np.random.default_rng(0).random((64, 8, 8)), labels=np.arange(64) % 3)
+    recipe = validate(
+        {
+            "task": "mixer-classification",
+            "model": {"name": str(tmp_path), "device": "cpu", "quantization": "int4-rows"},
+            "data": {"train": str(tmp_path / "noise.npz")},
+            "training": {"batch_size": 64},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    done = run_cli("plan", str(tmp_path / "recipe.yaml"), "--json")
+    whole = json.loads(done.stdout)["memory"]["total"]
+    done = run_cli("plan", str(tmp_path / "recipe.yaml"), "--gpu", str(whole // 2), "--device", "cpu", "--json")
+    settings = json.loads(done.stdout)["gpu"]["settings"]
+    assert [(s["batch_size"], s["sequence_length"], s["checkpointing"]) for s in settings[:1]] == [(16, 1, False)], (
+        settings
+    )
+    runner = runner_for(recipe)
+    runner.check()
+    message = str(explain(recipe, runner, whole + (100 << 20), "cpu"))
+    assert message.startswith("Out of memory on cpu: a step of 64 rows takes ")
+    assert "Would fit: training.batch_size=32 training.gradient_accumulation=2 (" in message
+    assert "checkpointing" not in message
 
 
 # ---- in a process of its own: plugins that are broken --------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a plugin author tests with: contracts to subclass, and tiny models.
 
-    from lora_adapters.testing import BackendContract, QuantizerContract
+    from lora_adapters.testing import BackendContract, QuantizerContract, TrainerContract
 
     class TestMyBackend(BackendContract):
         def make_backend(self): ...
@@ -12,5 +12,6 @@ The contracts need nothing but plain classes with `test_` methods: pytest runs t
 from .backend_contract import BackendContract
 from .models import TinyConv, TinyMLP, TinyText
 from .quantizer_contract import QuantizerContract
+from .trainer_contract import TrainerContract
 
-__all__ = ["BackendContract", "QuantizerContract", "TinyConv", "TinyMLP", "TinyText"]
+__all__ = ["BackendContract", "QuantizerContract", "TinyConv", "TinyMLP", "TinyText", "TrainerContract"]

@@ -1,9 +1,10 @@
-"""The built-in quantizers and the generic backend keep the contracts that plugins are held to."""
+"""The built-in quantizers, the generic backend and a task of transformers keep the contracts that plugins are held to."""
 
 import pytest
+from bases import llama_base, sums, write_rows
 
 from lora_adapters.generic import GenericBackend
-from lora_adapters.testing import BackendContract, QuantizerContract, TinyConv, TinyMLP, TinyText
+from lora_adapters.testing import BackendContract, QuantizerContract, TinyConv, TinyMLP, TinyText, TrainerContract
 
 pytest.importorskip("bitsandbytes")
 
@@ -71,3 +72,26 @@ class TestInt8(QuantizerContract):
         from lora_adapters.weights import Int8
 
         return Int8()
+
+
+class TestCausalLM(TrainerContract):
+    def make_recipe(self, folder):
+        return {
+            "task": "causal-lm",
+            "model": {"name": llama_base(folder / "llama"), "device": "cpu"},
+            "adapter": {"rank": 4, "dropout": 0.1},
+            "data": {
+                "train": write_rows(folder / "qa.jsonl", sums()),
+                "prompt": "question",
+                "completion": "answer",
+                "eval_fraction": 0.25,
+            },
+            "training": {
+                "epochs": 4,
+                "batch_size": 4,
+                "gradient_accumulation": 2,
+                "learning_rate": 1e-3,
+                "max_length": 64,
+            },
+            "samples": 1,
+        }

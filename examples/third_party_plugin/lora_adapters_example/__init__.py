@@ -1,1 +1,1 @@
-"""An example plugin for lora-adapters: a backend and a quantizer."""
+"""An example plugin for lora-adapters: a backend, a quantizer and a task."""

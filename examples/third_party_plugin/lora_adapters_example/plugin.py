@@ -1,7 +1,7 @@
 """The hooks. Listing plugins imports this module, so it must not import torch: targets are given by name."""
 
 from lora_adapters import hookimpl
-from lora_adapters.hooks.specs import BackendSpec, LayerSpec, QuantizerSpec, TargetMap
+from lora_adapters.hooks.specs import BackendSpec, LayerSpec, QuantizerSpec, TargetMap, TrainerSpec
 
 LORA_ADAPTERS_HOOK_API = 1
 
@@ -25,3 +25,18 @@ def lora_adapters_quantizers():
 @hookimpl
 def lora_adapters_layers():
     return [LayerSpec("lora_adapters_example.int4:Int4Linear", "lora_adapters.layers.linear:Linear", "linear")]
+
+
+@hookimpl
+def lora_adapters_trainers():
+    return [
+        TrainerSpec(
+            task="mixer-classification",
+            summary="A Mixer that sorts small images into classes.",
+            config="lora_adapters_example.recipe:MixerRecipe",
+            target="lora_adapters_example.runner:MixerRunner",
+            examples="lora_adapters_example:recipes",
+            requires=("numpy", "PIL"),
+            extra="",
+        )
+    ]
