@@ -229,10 +229,13 @@ class TrainerContract:
         assert done.status == 128 + number, f"{number.name} at step {step} ended with {done.status}: {done.stderr}"
         self._one_error(done)
         assert f"Stopped by {number.name}. Step " in done.stderr, done.stderr
+        assert "resume=true goes on" in done.stderr, done.stderr
         facts = RunFacts.read(folder / FACTS)
         assert facts.status == "interrupted"
         assert step <= facts.steps <= step + 1, f"The signal came at step {step}, and the run stopped at {facts.steps}."
         assert self._newest(folder) == facts.steps, "A stopped run leaves a whole checkpoint of its last step."
+        kept = len(checkpoints(folder / CHECKPOINTS))
+        assert kept <= read_recipe(folder / RECIPE).training.keep_checkpoints, f"{kept} checkpoints are kept."
         assert self._tensors(folder), "A stopped run leaves its adapter."
         assert "interrupted" in (folder / REPORT).read_text(encoding="utf-8").lower()
         return done
