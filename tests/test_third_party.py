@@ -115,6 +115,21 @@ def test_a_backend_without_progress_bars_is_not_asked_about_them(tmp_path, progr
     assert type(api.load(str(tmp_path), device="cpu", progress=progress)) is models.Mixer
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("compile", True, "training.compile: must be false for this task, got true."),
+        ("report_to", ["wandb"], "training.report_to: must be empty for this task, got 1."),
+        ("optimizer", "adamw_8bit", "training.optimizer: 'adamw_8bit' is none of adamw, sgd; did you mean 'adamw'?"),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_by_its_recipe(key, value, message):
+    recipe = {"task": "mixer-classification", "model": {"name": "m"}, "data": {"train": "d"}, "output": "o"}
+    with pytest.raises(RequestError) as caught:
+        validate({**recipe, "training": {key: value}})
+    assert str(caught.value) == f"recipe: {message}"
+
+
 def test_a_task_without_checkpointing_gets_other_settings_that_fit(tmp_path):
     """Its Mixer can't be checkpointed and its rows have no length: neither is suggested, and nothing else is lost."""
     models.Mixer(patches=16, values=4, channels=256, classes=10).save(tmp_path)

@@ -147,9 +147,14 @@ def _message(place: KeyPath, error: Mapping[str, Any], model: type[Recipe]) -> s
         name, words = _BOUNDS[kind]
         return f"must be {words} {_number(context[name])}, got {shown(got)}"
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context.get("expected", ""))) or [str(context.get("expected"))]
+        expected = str(context.get("expected", ""))
+        choices = re.findall(r"'([^']*)'", expected)
+        if not choices:  # one number, true or false: a task narrows a key to what it can do
+            return f"must be {expected.lower()} for this task, got {shown(got)}"
         near = difflib.get_close_matches(str(got).lower(), choices, n=1, cutoff=0.5)
         return f"{shown(got)} is none of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind == "too_long":
+        return f"must be empty for this task, got {len(got)}" if not context["max_length"] else error["msg"]
     if kind == "value_error":
         return str(context.get("error", error["msg"]))
     if kind == "invalid_key":

@@ -63,6 +63,7 @@ class Mixer(nn.Module):
         return Result(None if labels is None else F.cross_entropy(scores, labels), scores)
 
     def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "mixer.json").write_text(json.dumps(self.settings))
         save_file(self.state_dict(), Path(folder, "mixer.safetensors"))
 
