@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from .errors import RequestError, UnsupportedError
+from .errors import MissingDependencyError, RequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .attach_plan import AttachPlan
+    from .memory import StepMemory
+
+#: Stands in a FitSetting for a mapping of formats to roles, which is no key.
+AS_ASKED = "as asked"
 
 _UNITS = {"": 1, "b": 1, **{f"{p}ib": 1 << 10 * i for i, p in enumerate("kmgt", 1)}}
 _UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
@@ -43,7 +52,10 @@ def format_shape(rows: int, length: int) -> str:
 
 @dataclass(frozen=True)
 class FitSetting:
-    """Settings of a training step that fit a budget, and the bytes they take."""
+    """Settings of a training step that fit a budget, and the bytes they take.
+
+    `quantization` is the base's format, None for dense; AS_ASKED for a mapping by roles.
+    """
 
     batch_size: int
     sequence_length: int
@@ -100,6 +112,44 @@ def suggest_fit(
             if len(found) >= count:
                 return found[:count]
     return found
+
+
+def suggest_settings(
+    made: AttachPlan,
+    plan: Callable[[Any], AttachPlan],
+    memory: Callable[[AttachPlan, int, int, bool], StepMemory],
+    budget: str | int,
+    *,
+    quantization: Any,
+    batch_size: int,
+    sequence_length: int,
+    checkpointing: bool,
+    shortest: int = 1,
+) -> list[FitSetting]:
+    """Return settings of a planned step that fit, as `suggest_fit` does, with the base as asked or, if dense, in NF4.
+
+    Checkpointing that was asked for stays.
+
+    Args:
+        made: the plan of what was asked for.
+        plan: makes a plan for a quantization.
+        memory: predicts a step of (plan, batch_size, sequence_length, checkpointing).
+        budget, shortest: see `suggest_fit`.
+        quantization, batch_size, sequence_length, checkpointing: what was asked for.
+    """
+    plans = {quantization if quantization is None or isinstance(quantization, str) else AS_ASKED: made}
+    if quantization is None:
+        with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
+            plans["nf4"] = plan("nf4")
+    found = suggest_fit(
+        lambda rows, length, checkpointed, name: memory(plans[name], rows, length, checkpointed or checkpointing).total,
+        budget,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        quantizations=plans,
+        shortest=shortest,
+    )
+    return [replace(setting, checkpointing=setting.checkpointing or checkpointing) for setting in found]
 
 
 def _halvings(number: int) -> list[int]:

@@ -5,28 +5,14 @@ import random
 from pathlib import Path
 
 import torch
+from helpers import llama
 from small_tokenizers import CHATML, make_tokenizer
 
 
 def llama_base(folder: Path, chat_template: str | None = CHATML) -> str:
-    """A two-layer Llama with random weights and a ChatML tokenizer; returns its folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """The Llama of `helpers.llama` with a ChatML tokenizer, and positions for whole chats; returns its folder."""
     tokenizer = make_tokenizer(folder, chat_template=chat_template, eos_token="<|im_end|>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=4,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(vocab_size=len(tokenizer), max_position_embeddings=256, eos_token_id=4).save_pretrained(folder)
     return str(folder)
 
 

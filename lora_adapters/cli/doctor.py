@@ -52,7 +52,7 @@ def _verdict(feature: Mapping[str, Any]) -> str:
 
 
 def _device(device: Mapping[str, Any]) -> tuple[str, ...]:
-    from ..report.plan_table import size
+    from ..budget import format_size
 
     told = {True: "yes", False: "no", None: "not known"}
     about = [f"bf16: {told[device['bf16']]}"]
@@ -60,10 +60,10 @@ def _device(device: Mapping[str, Any]) -> tuple[str, ...]:
         about.insert(0, f"{device['cores']} cores")
         about.append(f"AVX512-BF16: {told[device['avx512_bf16']]}")
         if device["cache_disk_free"] is not None:
-            about.append(f"{size(device['cache_disk_free'])} free on the disk of the Hub's cache")
+            about.append(f"{format_size(device['cache_disk_free'])} free on the disk of the Hub's cache")
     if "capability" in device:
         about.insert(0, f"compute capability {device['capability']}")
     if "problem" in device:
         about.append(device["problem"])
-    free = "not known" if device["free"] is None else size(device["free"])
-    return device["device"], device["name"], free, size(device["memory"]), "; ".join(about)
+    free = "not known" if device["free"] is None else format_size(device["free"])
+    return device["device"], device["name"], free, format_size(device["memory"]), "; ".join(about)

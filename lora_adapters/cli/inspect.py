@@ -116,7 +116,7 @@ def _print(facts: AdapterFacts, checks: list[str], verdicts: list[Verdict]) -> N
 
 
 def _rows(facts: AdapterFacts) -> dict[str, str]:
-    from ..report.plan_table import size
+    from ..budget import format_size
 
     base = [
         facts.base_model or "not named",
@@ -139,7 +139,7 @@ def _rows(facts: AdapterFacts) -> dict[str, str]:
         "dtype": ", ".join(facts.dtypes)
         if len(facts.dtypes) == 1
         else ", ".join(f"{dtype} ({count:,})" for dtype, count in facts.dtypes.items()),
-        "file size": size(facts.file_bytes),
+        "file size": format_size(facts.file_bytes),
     }
     return {name: value for name, value in rows.items() if value}
 

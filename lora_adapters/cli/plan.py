@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ def command(
     facts = _facts(made, predicted)
     if limit is not None:
         fits = predicted.total <= limit
-        settings = [] if fits else _settings(step, limit)
+        settings = [] if fits else _settings(step, made, limit)
         facts["gpu"] = {"bytes": limit, "fits": fits, "settings": settings}
     output.show(facts, lambda: _print(made, predicted, facts.get("gpu"), (step.batch_size, step.length)))
     if limit is not None and predicted.total > limit:
@@ -152,28 +151,20 @@ def _recipe_step(
     )
 
 
-def _settings(step: _Step, limit: int) -> list[dict[str, Any]]:
-    from ..budget import suggest_fit
-    from ..errors import MissingDependencyError
+def _settings(step: _Step, made: AttachPlan, limit: int) -> list[dict[str, Any]]:
+    from ..budget import suggest_settings
 
-    plans = {_name(step.quantization): step.planned(step.quantization)}
-    if step.quantization is None:
-        with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
-            plans["nf4"] = step.planned("nf4")
-
-    def total(rows: int, length: int, checkpointed: bool, fmt: str | None) -> int:
-        # Checkpointing that was asked for stays.
-        return step.memory(plans[fmt], rows, length, checkpointed or step.checkpointing).total
-
-    found = suggest_fit(
-        total, limit, batch_size=step.batch_size, sequence_length=step.length, quantizations=tuple(plans)
+    found = suggest_settings(
+        made,
+        step.planned,
+        step.memory,
+        limit,
+        quantization=step.quantization,
+        batch_size=step.batch_size,
+        sequence_length=step.length,
+        checkpointing=step.checkpointing,
     )
-    return [asdict(setting) | {"checkpointing": setting.checkpointing or step.checkpointing} for setting in found]
-
-
-def _name(quantization: Any) -> str | None:
-    """A mapping of roles is no key."""
-    return quantization if quantization is None or isinstance(quantization, str) else "as asked"
+    return [asdict(setting) for setting in found]
 
 
 def _facts(made: AttachPlan, step: StepMemory) -> dict[str, Any]:

@@ -10,19 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..budget import format_size
 from .plan_groups import adapted, skipped
 
 if TYPE_CHECKING:
     from ..attach_plan import AttachPlan
-
-
-def size(count: float) -> str:
-    """Return bytes in a readable unit (binary prefixes)."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def render(plan: AttachPlan, fallbacks: Mapping[str, str] | None = None, width: int = 120) -> str:
@@ -62,7 +54,7 @@ def _layers_table(plan: AttachPlan, fallbacks: Mapping[str, str]) -> Table:
             str(group.rank),
             f"{group.scale:g}",
             group.base,
-            size(group.base_bytes),
+            format_size(group.base_bytes),
             group.run_by,
         )
     return table

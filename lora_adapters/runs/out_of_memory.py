@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..budget import FitSetting, format_shape, format_size, suggest_fit
-from ..errors import DoesNotFitError, LoraAdaptersError, MissingDependencyError
+from ..budget import AS_ASKED, FitSetting, format_shape, format_size, suggest_settings
+from ..errors import DoesNotFitError, LoraAdaptersError
 
 if TYPE_CHECKING:
     from ..recipes.sections import Recipe
@@ -44,35 +43,21 @@ def explain(recipe: Recipe, runner: Runner, free: int, device: str) -> DoesNotFi
         device: where it ran.
     """
     rows, length = runner.shape()
-    plans: dict[Any, Any] = {}
-
-    def total(batch: int, tokens: int, checkpointing: bool, quantization: Any) -> int:
-        if quantization not in plans:
-            plans[quantization] = runner.plan(quantization)
-        return runner.memory(plans[quantization], batch, tokens, checkpointing).total
-
-    asked = recipe.model.quantization
-    asked = "as asked" if isinstance(asked, dict) else asked  # a mapping is no key
-    formats = {asked: None}
-    wanted = recipe.training.gradient_checkpointing
+    asked, checkpointing = recipe.model.quantization, recipe.training.gradient_checkpointing
     try:
-        if isinstance(recipe.model.quantization, dict):
-            plans[asked] = runner.plan(recipe.model.quantization)
-        estimate = total(rows, length, wanted, asked)
-        if asked is None:
-            with contextlib.suppress(MissingDependencyError):  # what is not installed is no way out
-                plans["nf4"] = runner.plan("nf4")
-                formats["nf4"] = None
+        made = runner.plan(asked)
+        estimate = runner.memory(made, rows, length, checkpointing).total
         # The estimate may have fitted: then only clearly less than it is a way out.
         limit = max(0, min(int(free / (1 + _ERROR)) - _LIBRARIES, int(_LESS * estimate)))
-
-        found = suggest_fit(
-            # Checkpointing that was asked for stays.
-            lambda batch, tokens, checkpointing, fmt: total(batch, tokens, checkpointing or wanted, fmt),
+        found = suggest_settings(
+            made,
+            runner.plan,
+            runner.memory,
             limit,
+            quantization=asked,
             batch_size=rows,
             sequence_length=length,
-            quantizations=tuple(formats),
+            checkpointing=checkpointing,
             shortest=_SHORTEST,
         )
     except LoraAdaptersError as error:
@@ -101,6 +86,6 @@ def _way(recipe: Recipe, setting: FitSetting, rows: int, length: int) -> str:
         overrides.append(f"training.max_length={setting.sequence_length}")
     if setting.checkpointing and not recipe.training.gradient_checkpointing:
         overrides.append("training.gradient_checkpointing=true")
-    if setting.quantization not in (recipe.model.quantization, "as asked"):
+    if setting.quantization not in (recipe.model.quantization, AS_ASKED):
         overrides.append(f"model.quantization={setting.quantization}")
     return f"{' '.join(overrides)} ({format_size(setting.nbytes)})"

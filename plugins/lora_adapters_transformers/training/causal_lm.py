@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import torch
 from transformers import DataCollatorForSeq2Seq
 
@@ -12,9 +13,9 @@ from lora_adapters.runs.measuring import Measured
 from lora_adapters.runs.progress import Progress
 
 from ..data.causal import check_causal, encode_causal
+from ..data.encoding import Encoded
 from ..data.packing import check_packing, collate_packed, pack, packing_facts, row_to_check
 from ..data.preview import preview, show
-from ..data.tables import read_data
 from .measures import Collate, language_model
 from .runner import TextRunner
 from .writing import chat_prompt, write
@@ -29,21 +30,20 @@ class CausalLMRunner(TextRunner):
     task = "causal-lm"
     higher_is_better = ("token_accuracy",)
 
-    def encode_data(self, parts: Sequence[str]) -> None:
-        """Read, check and tokenize; see `TextRunner.encode_data`."""
-        data, training = self.recipe.data, self.recipe.training
-        train, held_out = read_data(data, training.seed)
-        for rows in (train, held_out):
-            if rows is not None:
-                check_causal(data, rows.column_names)
-        if "train" in parts:
-            self.train_rows = encode_causal(train, data, training, self.tokenizer)
-            self.first_row = self.train_rows.rows[0]
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Check the columns; see `TextRunner.check_columns`."""
+        check_causal(self.recipe.data, columns)
+
+    def encode(self, rows: datasets.Dataset, name: str) -> Encoded:
+        """Tokenize, and pack the training rows if the recipe says so; see `TextRunner.encode`."""
+        training = self.recipe.training
+        encoded = encode_causal(rows, self.recipe.data, training, self.tokenizer, name=name)
+        if name == "train":
+            self.first_row = encoded.rows[0]
             if training.packing:
-                self.train_rows.rows = pack(self.train_rows.rows, training.max_length)
-                self.train_rows.facts.details |= packing_facts(self.train_rows.rows, training.max_length)
-        if held_out is not None:
-            self.eval_rows = encode_causal(held_out, data, training, self.tokenizer, name="eval")
+                encoded.rows = pack(encoded.rows, training.max_length)
+                encoded.facts.details |= packing_facts(encoded.rows, training.max_length)
+        return encoded
 
     def preview(self, progress: Progress) -> None:
         """Show the first row, decoded, with what is learnt of it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import torch
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -14,9 +15,9 @@ from lora_adapters.memory import StepMemory
 from lora_adapters.runs.measuring import Measured, evaluating
 from lora_adapters.runs.progress import Progress
 
+from ..data.encoding import Encoded
 from ..data.preview import preview, show
 from ..data.reward import check_reward, encode_reward
-from ..data.tables import read_data
 from .measures import Collate, preference
 from .runner import Measuring, TextRunner
 from .writing import chat_prompt
@@ -37,17 +38,13 @@ class RewardRunner(TextRunner):
     trainer_class = PreferenceTrainer
     arguments_class = RewardConfig
 
-    def encode_data(self, parts: Sequence[str]) -> None:
-        """Read, check and tokenize; see `TextRunner.encode_data`."""
-        data, training = self.recipe.data, self.recipe.training
-        train, held_out = read_data(data, training.seed)
-        for rows in (train, held_out):
-            if rows is not None:
-                check_reward(data, rows.column_names)
-        if "train" in parts:
-            self.train_rows = encode_reward(train, data, training, self.tokenizer)
-        if held_out is not None:
-            self.eval_rows = encode_reward(held_out, data, training, self.tokenizer, name="eval")
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Check the columns; see `TextRunner.check_columns`."""
+        check_reward(self.recipe.data, columns)
+
+    def encode(self, rows: datasets.Dataset, name: str) -> Encoded:
+        """Tokenize; see `TextRunner.encode`."""
+        return encode_reward(rows, self.recipe.data, self.recipe.training, self.tokenizer, name=name)
 
     def model_options(self) -> dict[str, Any]:
         """Ask for a head with one output."""

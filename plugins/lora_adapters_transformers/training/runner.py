@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,8 +37,9 @@ from lora_adapters.runs.showing import Rates, Steps
 
 from ..callback import LoraCallback
 from ..data.encoding import Encoded
-from ..loading import read_config
+from ..data.tables import read_data
 from .arguments import check_training, compute_dtype, training_arguments
+from .base_model import check_model
 from .callback import Counter, RunCallback
 from .measures import Collate
 from .positions import limits
@@ -64,7 +65,7 @@ class PlainTrainer(Measuring, Trainer):
     """transformers' Trainer with a task's own measure."""
 
 
-class TextRunner:
+class TextRunner(ABC):
     """A text task; see `lora_adapters.runs.runner.Runner`. Each task says what differs.
 
     Args:
@@ -84,28 +85,41 @@ class TextRunner:
 
     # ---- what a task says --------------------------------------------------------------------------------------------
 
-    def encode_data(self, parts: Sequence[str]) -> None:
-        """Read the data, check its columns and set `train_rows` and `eval_rows`; `parts` of "train", "eval" are needed."""
-        raise NotImplementedError
+    @abstractmethod
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise unless the recipe's data can be taken from rows with these columns."""
+
+    @abstractmethod
+    def encode(self, rows: datasets.Dataset, name: str) -> Encoded:
+        """Return rows as token ids and labels; `name` is "train" or "eval", in this order."""
 
     def model_options(self) -> dict[str, Any]:
         """Return what `lora_adapters.load` needs besides the name."""
         return {"task": self.task}
 
+    @abstractmethod
     def collator(self, training: bool) -> Collate:
         """Return what makes a batch of rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, model: Any, rows: Any) -> Measured:
         """Return the metrics of a model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def samples(self, model: Any, count: int, measured: Measured | None) -> list[list[tuple[str, str]]]:
         """Return for each of the first eval rows (label, text) pairs: what it is, then what the model makes of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def preview(self, progress: Progress) -> None:
         """Show one row as the model sees it."""
+
+    @abstractmethod
+    def respond(self, model: Any, prompt: str, **options: Any) -> str:
+        """Return what a model makes of one prompt."""
+
+    def more_arguments(self) -> dict[str, Any]:
+        """Return arguments of `arguments_class` besides those of every task."""
+        return {}
 
     # ---- before training ---------------------------------------------------------------------------------------------
 
@@ -158,7 +172,7 @@ class TextRunner:
         if "train" in parts:
             check_start(self.recipe.adapter, self.recipe.model.quantization)
         self._check_lengths()
-        self.encode_data(parts)
+        self._encode_data(parts)
         if "train" in parts:
             _ = self.made_plan
 
@@ -184,7 +198,18 @@ class TextRunner:
                 )
             setattr(training, key, limit)
 
-    def accept(self, adapters: Mapping[str, Path]) -> None:
+    def _encode_data(self, parts: Sequence[str]) -> None:
+        """Read the data, check its columns and set `train_rows` and `eval_rows`; `parts` of "train", "eval" are needed."""
+        train, held_out = read_data(self.recipe.data, self.recipe.training.seed)
+        for rows in (train, held_out):
+            if rows is not None:
+                self.check_columns(rows.column_names)
+        if "train" in parts:
+            self.train_rows = self.encode(train, "train")
+        if held_out is not None:
+            self.eval_rows = self.encode(held_out, "eval")
+
+    def accept(self, adapters: Mapping[str, Path]) -> None:  # noqa: B027 - most tasks leave nothing open
         """Take what the recipe leaves open; see `Runner.accept`."""
 
     @cached_property
@@ -265,7 +290,7 @@ class TextRunner:
             text.pad_token_id = self.tokenizer.pad_token_id
         return model
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, model: Any) -> None:  # noqa: B027 - most tasks have nothing to check there
         """Check what can only be seen on the model itself."""
 
     def _before(self, run: Run, model: Any) -> None:
@@ -336,10 +361,6 @@ class TextRunner:
             trainer.measure = lambda: self.measure(lora.model, eval_rows)
         return trainer
 
-    def more_arguments(self) -> dict[str, Any]:
-        """Return arguments of `arguments_class` besides those of every task."""
-        return {}
-
     def _after(self, run: Run, model: Any) -> None:
         if self.eval_rows is None:
             return
@@ -369,44 +390,9 @@ class TextRunner:
                 sample.parts.append((name, self.respond(model, sample.title, **options)))
         return found
 
-    def respond(self, model: Any, prompt: str, **options: Any) -> str:
-        """Return what a model makes of one prompt."""
-        raise NotImplementedError
-
     def _each(self, adapters: Mapping[str, Path], progress: Progress):
         """Yield ("base", model), then (name, the same model with that adapter)."""
         progress.say(f"loading {self.recipe.model.name}")
         set_seed(self.recipe.training.seed)
         model = self._load()
         yield from each_model(model, adapters)
-
-
-def check_model(section: Any) -> None:
-    """Raise unless the base model's config can be read: a folder that is not there is told with its nearest neighbour."""
-    path = Path(section.name)
-    looks_local = path.is_absolute() or section.name.startswith((".", "~")) or section.name.count("/") > 1
-    if looks_local and not path.exists():
-        raise RequestError(f"model.name: there is no folder {section.name!r}{_near(path)}")
-    try:
-        read_config(section.name, {}, {"revision": section.revision, "trust_remote_code": section.trust_remote_code})
-    except LoraAdaptersError as error:
-        known = [name for name in (*_folders_here(), *_cached_models()) if name != section.name]
-        near = get_close_matches(section.name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"model.name: {error}{hint}") from error
-
-
-def _near(path: Path) -> str:
-    near = get_close_matches(path.name, [p.name for p in path.parent.glob("*") if p.is_dir()], n=1, cutoff=0.5)
-    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ": give a folder, or a name on the Hub."
-
-
-def _folders_here() -> list[str]:
-    return [p.parent.name for p in Path().glob("*/config.json")]
-
-
-def _cached_models() -> list[str]:
-    """Return the names of models in the Hub's local cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return [p.name.removeprefix("models--").replace("--", "/") for p in Path(HF_HUB_CACHE).glob("models--*")]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import torch
 from transformers import DataCollatorForSeq2Seq
 
 from lora_adapters.runs.measuring import Measured
 from lora_adapters.runs.progress import Progress
 
+from ..data.encoding import Encoded
 from ..data.preview import preview, show
 from ..data.rouge import rouge
 from ..data.seq2seq import check_seq2seq, encode_seq2seq
-from ..data.tables import read_data
 from .measures import Collate, language_model
 from .runner import TextRunner
 from .writing import write
@@ -26,17 +27,13 @@ class Seq2SeqRunner(TextRunner):
     task = "seq2seq"
     higher_is_better = ("token_accuracy", "rouge1", "rouge2", "rougeL")
 
-    def encode_data(self, parts: Sequence[str]) -> None:
-        """Read, check and tokenize; see `TextRunner.encode_data`."""
-        data, training = self.recipe.data, self.recipe.training
-        train, held_out = read_data(data, training.seed)
-        for rows in (train, held_out):
-            if rows is not None:
-                check_seq2seq(data, rows.column_names)
-        if "train" in parts:
-            self.train_rows = encode_seq2seq(train, data, training, self.tokenizer)
-        if held_out is not None:
-            self.eval_rows = encode_seq2seq(held_out, data, training, self.tokenizer, name="eval")
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Check the columns; see `TextRunner.check_columns`."""
+        check_seq2seq(self.recipe.data, columns)
+
+    def encode(self, rows: datasets.Dataset, name: str) -> Encoded:
+        """Tokenize; see `TextRunner.encode`."""
+        return encode_seq2seq(rows, self.recipe.data, self.recipe.training, self.tokenizer, name=name)
 
     def preview(self, progress: Progress) -> None:
         """Show the first row: the source is given, the target is learnt."""

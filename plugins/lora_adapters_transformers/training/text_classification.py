@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import DataCollatorWithPadding
 
@@ -16,7 +17,7 @@ from lora_adapters.runs.progress import Progress
 
 from .. import head_facts
 from ..data.classification import check_classification, encode_classification
-from ..data.tables import read_data
+from ..data.encoding import Encoded
 from .measures import Collate, classification
 from .runner import TextRunner
 
@@ -30,19 +31,18 @@ class ClassificationRunner(TextRunner):
     task = "text-classification"
     higher_is_better = ("accuracy", "macro_f1")
 
-    def encode_data(self, parts: Sequence[str]) -> None:
-        """Read, check and tokenize; the label names become part of the recipe. See `TextRunner.encode_data`."""
-        data, training = self.recipe.data, self.recipe.training
-        train, held_out = read_data(data, training.seed)
-        for rows in (train, held_out):
-            if rows is not None:
-                check_classification(data, rows.column_names)
-        if "train" in parts:
-            self.train_rows = encode_classification(train, data, training, self.tokenizer)
-            data.labels = self.train_rows.label_names
-        _ = self.labels  # those of the eval rows alone may be in another order
-        if held_out is not None:
-            self.eval_rows = encode_classification(held_out, data, training, self.tokenizer, name="eval")
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Check the columns; see `TextRunner.check_columns`."""
+        check_classification(self.recipe.data, columns)
+
+    def encode(self, rows: datasets.Dataset, name: str) -> Encoded:
+        """Tokenize; the label names of the training rows become part of the recipe. See `TextRunner.encode`."""
+        if name == "eval":
+            _ = self.labels  # those of the eval rows alone may be in another order
+        encoded = encode_classification(rows, self.recipe.data, self.recipe.training, self.tokenizer, name=name)
+        if name == "train":
+            self.recipe.data.labels = encoded.label_names
+        return encoded
 
     @property
     def labels(self) -> list[str]:
