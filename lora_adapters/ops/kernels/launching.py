@@ -1,0 +1,79 @@
+"""What every launcher needs: facts of the device, the current device, and the registration as an operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+# Registered here and not with torch.library.custom_op, which costs every call several times as much Python.
+_LIBRARY = torch.library.Library("lora_adapters", "FRAGMENT")
+
+
+class DeviceFacts(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    processors: int
+    capability: tuple[int, int]
+
+    def multiplies(self, *dtypes: torch.dtype) -> bool:
+        """Return whether operands of these dtypes go to the tensor cores as they are; if not, they do so as fp32."""
+        first = dtypes[0]
+        if any(dtype != first for dtype in dtypes):
+            return False
+        return first == torch.float16 or (first == torch.bfloat16 and self.capability >= (8, 0))
+
+    @property
+    def precision(self) -> str:
+        """How fp32 operands are multiplied: three tf32 products (nearly fp32's accuracy), or plain fp32."""
+        return "tf32x3" if self.capability >= (8, 0) else "ieee"
+
+
+@functools.cache
+def facts(device: torch.device) -> DeviceFacts:
+    """Return the facts of a device. The interpreter is like 7.5: it multiplies bf16 wrongly and has no tf32."""
+    if device.type != "cuda":
+        return DeviceFacts(8, (7, 5))
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceFacts(properties.multi_processor_count, (properties.major, properties.minor))
+
+
+def written(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that kernels write for results of `dtype`. The interpreter truncates bf16 instead of rounding."""
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
+
+
+def current(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device the current one, where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a matrix whose rows are contiguous, the same one if it is; the rows may lie apart."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Return how many pieces of `size` cover `count`."""
+    return -(-count // size)
+
+
+def block_of(count: int, least: int, most: int) -> int:
+    """Return the least power of two that covers `count`, within bounds."""
+    return max(least, min(most, 1 << max(count - 1, 0).bit_length()))
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define lora_adapters::<schema>, so that torch.compile, fake tensors and make_fx see one opaque call.
+
+    The operator has no derivative: it is called inside autograd functions, whose forward runs without gradients.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"lora_adapters::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.lora_adapters, name).default
