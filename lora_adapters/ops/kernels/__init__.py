@@ -21,13 +21,14 @@ from ...errors import RequestError
 
 if TYPE_CHECKING:
     from .dequant_merge import dequantize_merge
+    from .lowrank import down, down_grad, up_grads
 
-__all__ = ["available", "dequantize_merge"]
+__all__ = ["available", "dequantize_merge", "down", "down_grad", "up_grads"]
 
 #: The least compute capability that Triton compiles these kernels for.
 MIN_CAPABILITY = (7, 5)
 _ANSWERS: dict[torch.device, bool] = {}
-_HOMES = {"dequantize_merge": "dequant_merge"}
+_HOMES = {"dequantize_merge": "dequant_merge", "down": "lowrank", "down_grad": "lowrank", "up_grads": "lowrank"}
 
 
 def available(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ bf16 at rank 16, 0.03 ms for 4096 x 4096. A tile is a few rows by 128 columns, b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...errors import RequestError
 from ...weights import primitives
-from .launching import block_of, ceil_div, current, facts, register, unit_stride, written
+from .launching import block_of, ceil_div, facts, register, start, unit_stride, written
 
 NESTED_BLOCKSIZE = tl.constexpr(primitives.NESTED_BLOCKSIZE)
 
@@ -159,37 +159,39 @@ def launch(
         wide = not known.multiplies(a.dtype, b.dtype)
     tile = tile or choose_tile(rank, wide, known.capability)
     group = min(blocksize, tile.cols)
-    # bitsandbytes rounds the product before it adds the offset: no fusing of the two.
-    options: dict[str, Any] = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
-    with current(packed):
-        _dequantize_merge_kernel[(ceil_div(out, tile.rows) * ceil_div(inn, tile.cols),)](
-            packed,
-            absmax,
-            code,
-            absmax2 if nested else absmax,
-            code2 if nested else code,
-            offset if nested else code,
-            a if rank else code,
-            b if rank else code,
-            weight,
-            out,
-            inn,
-            inn // 2,
-            rank,
-            a_stride,
-            b_stride,
-            scaling,
-            BLOCKSIZE=blocksize,
-            NESTED=nested,
-            GROUP=group if inn % group == 0 else 0,
-            MERGE=rank > 0,
-            WIDE=wide,
-            PRECISION=known.precision if wide else "ieee",
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            RANKS=tile.ranks,
-            **options,
-        )
+    start(
+        _dequantize_merge_kernel,
+        (ceil_div(out, tile.rows) * ceil_div(inn, tile.cols),),
+        packed,
+        absmax,
+        code,
+        absmax2 if nested else absmax,
+        code2 if nested else code,
+        offset if nested else code,
+        a if rank else code,
+        b if rank else code,
+        weight,
+        out,
+        inn,
+        inn // 2,
+        rank,
+        a_stride,
+        b_stride,
+        scaling,
+        BLOCKSIZE=blocksize,
+        NESTED=nested,
+        GROUP=group if inn % group == 0 else 0,
+        MERGE=rank > 0,
+        WIDE=wide,
+        PRECISION=known.precision if wide else "ieee",
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        RANKS=tile.ranks,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        # bitsandbytes rounds the product before it adds the offset.
+        enable_fp_fusion=False,
+    )
     return weight.to(dtype)
 
 

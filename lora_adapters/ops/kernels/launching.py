@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ class DeviceFacts(NamedTuple):
 
     processors: int
     capability: tuple[int, int]
+    shared: int  # bytes of shared memory that one program may use
+
+    def stages(self, stage_bytes: int) -> int:
+        """Return how many loads of this size to keep in flight: at most 4, and half of a large GPU's shared memory."""
+        return max(1, min(4, min(96 << 10, self.shared - (8 << 10)) // stage_bytes))
 
     def multiplies(self, *dtypes: torch.dtype) -> bool:
         """Return whether operands of these dtypes go to the tensor cores as they are; if not, they do so as fp32."""
@@ -36,9 +41,10 @@ class DeviceFacts(NamedTuple):
 def facts(device: torch.device) -> DeviceFacts:
     """Return the facts of a device. The interpreter is like 7.5: it multiplies bf16 wrongly and has no tf32."""
     if device.type != "cuda":
-        return DeviceFacts(8, (7, 5))
+        return DeviceFacts(8, (7, 5), 64 << 10)
     properties = torch.cuda.get_device_properties(device)
-    return DeviceFacts(properties.multi_processor_count, (properties.major, properties.minor))
+    capability = (properties.major, properties.minor)
+    return DeviceFacts(properties.multi_processor_count, capability, properties.shared_memory_per_block_optin)
 
 
 def written(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -46,9 +52,10 @@ def written(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
 
-def current(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one, where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def start(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *arguments: Any, **settings: Any) -> None:
+    """Launch a kernel over a grid on the device of its first argument."""
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[grid](first, *arguments, **settings)
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

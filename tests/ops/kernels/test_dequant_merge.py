@@ -48,7 +48,7 @@ def assert_merged(weight, reference, dtype):
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(weight, reference, rtol=max(step, 1e-5), atol=1e-5)
     if dtype != torch.float32:
-        assert (weight != reference).float().mean() < 0.01
+        assert (weight != reference).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from lora_adapters.ops import kernels
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+#: tokens, features, rank: no multiples of a tile, single values, several parts, ranks around the choice of torch.mm.
+SHAPES = [
+    (1, 1, 1),
+    (5, 37, 3),
+    (33, 130, 16),
+    (300, 70, 17),
+    (70, 300, 32),
+    (64, 256, 8),
+    (40, 75, 33),
+    (130, 90, 100),
+]
+#: Two dtypes of the long operand and of the factor, the same and mixed.
+MIXES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, BF16)]
+
+
+def normal(device, *shape, dtype=F32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def assert_product(result, left, right, dtype, scaling=1.0):
+    """The product in fp64, rounded once. Sums in another order differ by parts of the sum of magnitudes."""
+    exact = scaling * (left.double() @ right.double())
+    magnitude = abs(scaling) * (left.double().abs() @ right.double().abs())
+    assert result.dtype == dtype
+    assert result.shape == exact.shape
+    assert result.is_contiguous()
+    bound = 4e-6 * magnitude + torch.finfo(dtype).eps * exact.abs() + 1e-30
+    assert ((result.double() - exact).abs() <= bound).all(), ((result.double() - exact).abs() / bound).max()
+
+
+@pytest.mark.parametrize("long, short", MIXES)
+@pytest.mark.parametrize("tokens, features, rank", SHAPES)
+def test_down(device, tokens, features, rank, long, short):
+    x, a = normal(device, tokens, features, dtype=long), normal(device, rank, features, dtype=short, seed=1)
+    for dtype in (F32, short):
+        assert_product(kernels.down(x, a, dtype), x, a.t(), dtype)
+
+
+@pytest.mark.parametrize("long, short", MIXES)
+@pytest.mark.parametrize("tokens, features, rank", SHAPES)
+def test_up_grads(device, tokens, features, rank, long, short):
+    dy = normal(device, tokens, features, dtype=long)
+    h, b = normal(device, tokens, rank, dtype=short, seed=1), normal(device, features, rank, dtype=short, seed=2)
+    dh, db = kernels.up_grads(dy, h, b, -1.5)
+    assert_product(dh, dy, b, short, -1.5)
+    assert_product(db, dy.t(), h, F32, -1.5)
+
+
+@pytest.mark.parametrize("long, short", MIXES)
+@pytest.mark.parametrize("tokens, features, rank", SHAPES)
+def test_down_grad(device, tokens, features, rank, long, short):
+    dh, x = normal(device, tokens, rank, dtype=short, seed=1), normal(device, tokens, features, dtype=long)
+    assert_product(kernels.down_grad(dh, x), dh.t(), x, F32)
+
+
+def test_three_dtypes_at_once(device):
+    dy, h, b = normal(device, 40, 50, dtype=BF16), normal(device, 40, 6, dtype=F16), normal(device, 50, 6)
+    dh, db = kernels.up_grads(dy, h, b, 2.0)
+    assert_product(dh, dy, b, F16, 2.0)
+    assert_product(db, dy.t(), h, F32, 2.0)
+
+
+def test_long_rows_are_cut_into_parts(device):
+    x, a = normal(device, 3, 6200), normal(device, 5, 6200, seed=1)
+    assert_product(kernels.down(x, a, F32), x, a.t(), F32)
+
+
+@pytest.mark.parametrize("rank", [1, 64, 512])
+@pytest.mark.parametrize("short", [F32, BF16])
+def test_every_rank_also_with_other_dtypes(device, rank, short):
+    x, a = normal(device, 20, 40, dtype=BF16), normal(device, rank, 40, dtype=short, seed=1)
+    h, b = normal(device, 20, rank, dtype=short, seed=2), normal(device, 40, rank, dtype=short, seed=3)
+    assert_product(kernels.down(x, a, F32), x, a.t(), F32)
+    assert_product(kernels.down_grad(h, x), h.t(), x, F32)
+    dh, db = kernels.up_grads(x, h, b, 1.0)
+    assert_product(dh, x, b, short)
+    assert_product(db, x.t(), h, F32)
+
+
+@pytest.mark.parametrize("rank", [6, 40])
+def test_no_tokens(device, rank):
+    x, a, b = normal(device, 0, 50), normal(device, rank, 50), normal(device, 50, rank)
+    assert kernels.down(x, a, BF16).shape == (0, rank)
+    h = x.new_empty(0, rank)
+    dh, db = kernels.up_grads(x, h, b, 1.0)
+    assert dh.shape == (0, rank)
+    assert torch.equal(db, torch.zeros(50, rank, device=device))
+    assert torch.equal(kernels.down_grad(h, x), torch.zeros(rank, 50, device=device))
+
+
+@pytest.mark.parametrize("how", ["columns of a wider tensor", "every second row", "transposed", "expanded"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_strided_operands(device, how, dtype):
+    wide = normal(device, 80, 90, dtype=dtype)
+    x = {
+        "columns of a wider tensor": wide[:40, 3:53],
+        "every second row": wide[::2, :50],
+        "transposed": wide[:50, :40].t(),
+        "expanded": wide[:1, :1].expand(40, 50),
+    }[how]
+    a = normal(device, 50, 6, dtype=dtype).t()
+    h, b = normal(device, 6, 40, dtype=dtype).t(), normal(device, 6, 50, dtype=dtype, seed=1).t()
+    assert_product(kernels.down(x, a, F32), x, a.t(), F32)
+    assert_product(kernels.down_grad(h, x), h.t(), x, F32)
+    dh, db = kernels.up_grads(x, h, b, 1.0)
+    assert_product(dh, x, b, dtype)
+    assert_product(db, x.t(), h, F32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rank", [5, 40])
+def test_nan_and_infinity_reach_what_they_reach_in_torch(device, bad, rank):
+    x, a = normal(device, 70, 90), normal(device, rank, 90, seed=1)
+    h, b = normal(device, 70, rank, seed=2), normal(device, 90, rank, seed=3)
+    x[69, 89], h[3, 1] = bad, bad
+    pairs = [(kernels.down(x, a, F32), x @ a.t()), (kernels.down_grad(h, x), h.t() @ x)]
+    pairs += zip(kernels.up_grads(x, h, b, 1.0), (x @ b, x.t() @ h), strict=True)
+    for result, expected in pairs:
+        assert not expected.isfinite().all()
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.isinf(), expected.isinf())
+
+
+def test_the_same_bits_every_time(device):
+    dy, h, b = (
+        normal(device, 700, 300, dtype=F16),
+        normal(device, 700, 16, dtype=F16),
+        normal(device, 300, 16, dtype=F16),
+    )
+    first, again = kernels.up_grads(dy, h, b, 1.0), kernels.up_grads(dy, h, b, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert torch.equal(kernels.down_grad(h, dy), kernels.down_grad(h, dy))
+
+
+@pytest.mark.parametrize("rank", [6, 40])
+def test_compiled_without_a_graph_break(device, rank):
+    x, a, b = normal(device, 20, 30), normal(device, rank, 30), normal(device, 30, rank)
+
+    def everything(x):
+        assert kernels.available(x.device)
+        h = kernels.down(x + 1, a, F32)
+        dh, db = kernels.up_grads(x, h, b, 0.5)
+        return h * 2, dh, db + 1, kernels.down_grad(dh, x)
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (20, 11):
+        torch.testing.assert_close(compiled(x[:tokens]), everything(x[:tokens]))
