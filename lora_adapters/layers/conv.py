@@ -15,23 +15,9 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from .conv_parts import SharedConv1d, SharedConv2d
 from .engine import EngineLayer, Factors
-
-
-class _Shared:
-    """A convolution whose groups all use one kernel: input (N, groups * c, ...) to output (N, groups * rank, ...)."""
-
-    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        repeated = weight.repeat(self.groups, *[1] * (weight.dim() - 1))  # type: ignore[attr-defined]
-        return super()._conv_forward(input, repeated, bias)  # type: ignore[misc]
-
-
-class SharedConv1d(_Shared, nn.Conv1d):
-    """lora_A of a grouped 1-d convolution."""
-
-
-class SharedConv2d(_Shared, nn.Conv2d):
-    """lora_A of a grouped 2-d convolution."""
+from .fused import FusedConv
 
 
 def _with_weight(conv: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, **geometry: Any) -> nn.Module:
@@ -43,7 +29,7 @@ def _with_weight(conv: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor
     return layer
 
 
-class _Conv(EngineLayer):
+class _Conv(FusedConv, EngineLayer):
     shared: type[nn.Module]
     plain: type[nn.Module]
 

@@ -6,12 +6,11 @@ from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from .engine import EngineLayer, Factors
+from .fused import FusedEmbedding
 
 
-class Embedding(EngineLayer, peft_layers.Embedding):
+class Embedding(FusedEmbedding, EngineLayer, peft_layers.Embedding):
     """LoRA on nn.Embedding and its subclasses."""
-
-    factor_names = ("lora_embedding_A", "lora_embedding_B")
 
     def _prepare(self, base: nn.Module) -> None:
         self.fan_in_fan_out = False

@@ -51,11 +51,11 @@ class EngineLayer(nn.Module, LoraLayer):
 
     #: The base module set aside while merged, in a tuple so that nn.Module does not register it.
     _aside: tuple[nn.Module, ...] = ()
-    #: adapter_layer_names entries that hold A and B for this kind of layer.
-    factor_names: tuple[str, str] = ("lora_A", "lora_B")
 
     if TYPE_CHECKING:
         # What a layer class brings: where its factors live, and scaling * B @ A in the base weight's own layout.
+        factor_names: tuple[str, str]
+
         def _set_factors(self, name: str, factors: Factors) -> None: ...
         def get_delta_weight(self, adapter: str) -> torch.Tensor: ...  # noqa: D102
 

@@ -6,9 +6,10 @@ from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from .engine import EngineLayer, Factors, bare_linear
+from .fused import FusedLinear
 
 
-class LinearFactors(EngineLayer):
+class LinearFactors(FusedLinear, EngineLayer):
     """Factors of every layer that maps (..., in) to (..., out): A is (rank, in), B is (out, rank)."""
 
     def _prepare(self, base: nn.Module) -> None:

@@ -55,6 +55,27 @@ class _FrozenConv(torch.autograd.Function):
         return dx, dbias, None, None
 
 
+def with_padding(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return the input and the zero padding left for the convolution, having padded x where zeros won't do.
+
+    Args:
+        conv: an nn.Conv1d or nn.Conv2d, whose padding and padding_mode count.
+        x: (batch, in, *size).
+    """
+    if conv.padding == "valid":
+        pairs = [(0, 0)] * len(conv.kernel_size)
+    elif conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pairs = [(int(p), int(p)) for p in conv.padding]
+    if conv.padding_mode == "zeros" and all(before == after for before, after in pairs):
+        return x, tuple(before for before, _ in pairs)
+    amounts = [amount for pair in reversed(pairs) for amount in pair]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, amounts, mode=mode), (0,) * len(pairs)
+
+
 class Conv4bit(nn.modules.conv._ConvNd):
     """What Conv1d4bit and Conv2d4bit share.
 
@@ -158,7 +179,7 @@ class Conv4bit(nn.modules.conv._ConvNd):
         """Input (batch, in, *size) or (in, *size), any float dtype -> output in the same dtype."""
         x = input.to(self.compute_dtype)
         batched = x.dim() == self.weight_dims
-        x, padding = self._pad(x if batched else x.unsqueeze(0))
+        x, padding = with_padding(self, x if batched else x.unsqueeze(0))
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         output = _FrozenConv.apply(x, bias, self, padding)
         assert isinstance(output, torch.Tensor)
@@ -168,21 +189,6 @@ class Conv4bit(nn.modules.conv._ConvNd):
     def weight_dims(self) -> int:
         """Dimensions of the dense weight, and so of a batched input."""
         return len(self.dense_shape)
-
-    def _pad(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Return the input and the zero padding left for the convolution, having padded x where zeros won't do."""
-        if self.padding == "valid":
-            pairs = [(0, 0)] * len(self.kernel_size)
-        elif self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            pairs = [(total // 2, total - total // 2) for total in totals]
-        else:
-            pairs = [(int(p), int(p)) for p in self.padding]
-        if self.padding_mode == "zeros" and all(before == after for before, after in pairs):
-            return x, tuple(before for before, _ in pairs)
-        amounts = [amount for pair in reversed(pairs) for amount in pair]
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, amounts, mode=mode), (0,) * len(pairs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Let moves reach every tensor, and casts only the bias and `compute_dtype`: fp32 statistics stay fp32."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,6 +125,29 @@ def empty_state(
 
 
 def dequantize(packed: torch.Tensor, state: QuantState, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Return the dense weight of `shape` that `packed` and its state hold; see `unpack`."""
+    described: Any = state
+    return unpack(packed, state.absmax, nested_of(state), described.blocksize, described.quant_type, shape, dtype)
+
+
+def nested_of(state: QuantState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Return (maxima, code values, offset) of the block maxima's own quantization, None if they are plain fp32."""
+    if not state.nested:
+        return None
+    assert state.state2 is not None
+    assert state.offset is not None
+    return state.state2.absmax, state.state2.code, state.offset
+
+
+def unpack(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    blocksize: int,
+    quant_type: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Return the dense weight of `shape`: each value is maximum * code in fp32, rounded once to `dtype`.
 
     Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit, where that is right. The values are asked for as one
@@ -133,11 +155,14 @@ def dequantize(packed: torch.Tensor, state: QuantState, shape: torch.Size, dtype
     rows that are no multiple of the block size), compiles a new kernel for every shape with an odd last dimension on
     any CPU (seconds for each 3x3 convolution), and transposes what has a single packed byte.
     """
+    ops = torch.ops.bitsandbytes
+    if nested is not None:
+        maxima, code, offset = nested
+        absmax = ops.dequantize_blockwise.default(absmax, maxima, code, NESTED_BLOCKSIZE, torch.float32) + offset
     numel = shape.numel()
-    flat = copy.copy(state)
-    flat.shape = torch.Size((1, numel + numel % 2))
-    flat.dtype = dtype if dtype in FLOATS else torch.float32
-    values = bitsandbytes().functional.dequantize_4bit(packed.detach(), flat)
+    row = (1, numel + numel % 2)
+    kind = dtype if dtype in FLOATS else torch.float32
+    values = ops.dequantize_4bit.default(packed.detach(), absmax, blocksize, quant_type, row, kind)
     return values.reshape(-1)[:numel].reshape(shape).to(dtype)
 
 

@@ -1,0 +1,251 @@
+"""The fast forwards of LoRA layers: what `routes` decides, carried out by `ops`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..ops.autocast import autocast_dtype
+from ..ops.conv import Geometry, Layer, lora_conv
+from ..ops.embedding import lora_embedding
+from ..ops.frozen import Dense, FrozenWeight, Packed, Stored
+from ..ops.linear import Dtypes, Member, lora_linear
+from ..weights import primitives, store_for
+from ..weights.conv4bit import with_padding
+from ..weights.dense import is_transposed
+from .conv_parts import SharedConv1d, SharedConv2d
+from .routes import PLAIN_TENSORS, Route, active, base_route, why_parent
+
+_interpreter_stack: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+
+#: Without gradients, the rows up to which a 4-bit base runs its own kernel, which multiplies the packed weight directly.
+FEW_ROWS = 64
+
+
+# It is an nn.Module, as PEFT's layers are first of all: Python then finds the same memory layout in both.
+class FusedForward(nn.Module):
+    """Mixin before a PEFT LoRA layer class: forward takes the fastest exact way, else the parent's; see `routes`.
+
+    Attributes:
+        fused: False sends every call to PEFT's own forward.
+        factor_names: the children that hold A and B.
+        plain_parts: classes that an adapter's modules may have.
+    """
+
+    fused = True
+    factor_names: tuple[str, str] = ("lora_A", "lora_B")
+    plain_parts: tuple[type[nn.Module], ...] = (nn.Linear, nn.Identity, nn.Dropout)
+
+    if TYPE_CHECKING:
+
+        def _fused_forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None: ...
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what PEFT's layer returns for the same arguments."""
+        if self.fused and not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            names = active(self)
+            if names and not why_parent(self, names) and not self._why_not(x, names):
+                y = self._fused_forward(x, names)
+                if y is not None:
+                    return y
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def parts(self: Any, name: str) -> list[Any]:
+        """Return what PEFT's forward uses of one adapter: A, B and its dropout."""
+        modules = self._modules
+        kept = [modules[factor]._modules[name] for factor in self.factor_names]
+        return [*kept, modules["lora_dropout"]._modules[name]]
+
+    def why_not_exact(self, names: list[str]) -> str:
+        """Return what else about this layer only PEFT's forward does, "" if nothing."""
+        return ""
+
+    def _why_not(self, x: torch.Tensor, names: list[str]) -> str:
+        """Return what about this very call only PEFT's forward does, "" if nothing."""
+        if type(x) not in PLAIN_TENSORS:
+            return f"the input is a {type(x).__name__}"
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                return "the model is being exported"
+            return "the compiler draws and keeps dropout's masks itself" if self._dropouts(names) else ""
+        if _interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+            return "a transform of torch.func, or torch.jit, looks at each operation"
+        return ""
+
+    def _dropouts(self: Any, names: list[str]) -> tuple[float, ...]:
+        """Return each adapter's probability of dropping an input now; nothing if none drops any."""
+        layers = [self._modules["lora_dropout"]._modules[name] for name in names]
+        probabilities = tuple(float(d.p) if type(d) is nn.Dropout and d.training else 0.0 for d in layers)
+        return probabilities if any(probabilities) else ()
+
+    def _factors(self: Any, names: list[str]) -> list[torch.Tensor]:
+        return [part._parameters["weight"] for name in names for part in self.parts(name)[:2]]
+
+    def _scalings(self: Any, names: list[str]) -> tuple[float, ...]:
+        return tuple(self.scaling[name] for name in names)
+
+    def _own_bias(self: Any, names: list[str]) -> torch.Tensor | None:
+        """Return the sum of the lora_B's biases times their scalings (lora_bias=True)."""
+        total = None
+        for name in names:
+            bias = self._modules["lora_B"]._modules[name]._parameters["bias"]
+            if bias is not None:
+                total = bias * self.scaling[name] if total is None else total + bias * self.scaling[name]
+        return total
+
+
+class FusedLinear(FusedForward):
+    """Linear layers, dense or in any format."""
+
+    def _fused_forward(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        base = self._modules["base_layer"]
+        auto = autocast_dtype(x.device.type)
+        factors, scalings, dropouts = self._factors(names), self._scalings(names), self._dropouts(names)
+        low = auto or factors[0].dtype
+        if auto is not None and x.dtype not in (torch.float32, auto):
+            return None
+        chosen, bias = base_route(base), self._own_bias(names)
+        few = chosen.reads == "4bit" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+        read = None if few else frozen_linear(base, chosen, x, auto)
+        if read is None:
+            result = base(x)
+            member = Member(None, False, scalings, result.dtype, dropouts)
+            addend = result if bias is None else (result + bias).to(result.dtype)
+            return lora_linear(x, [member], [addend], factors, Dtypes(low, low))[0]
+        weight, compute, output = read
+        own = base._parameters["bias"]
+        addend = own if bias is None else bias if own is None else own + bias
+        member = Member(weight, chosen.path == "merged" and not dropouts, scalings, output, dropouts)
+        return lora_linear(x, [member], [addend], factors, Dtypes(compute, low))[0]
+
+
+def frozen_linear(
+    base: Any, chosen: Route, x: torch.Tensor, auto: torch.dtype | None
+) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | None:
+    """Return how to read a linear layer's weight, and the dtypes it computes in and returns for this input.
+
+    None if only the layer itself knows: it then runs, or says what does not fit.
+    """
+    if chosen.reads == "dense":
+        weight = base._parameters["weight"]
+        if auto is None and x.dtype != weight.dtype:
+            return None
+        return Dense(weight, is_transposed(base)), auto or weight.dtype, auto or weight.dtype
+    if chosen.reads == "4bit":
+        if not base.compute_type_is_set:
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        packed, state = base._parameters["weight"], base._parameters["weight"].quant_state
+        nested, shape = primitives.nested_of(state), torch.Size((base.out_features, base.in_features))
+        weight = Packed(packed.data, state.absmax, state.code, nested, state.blocksize, state.quant_type, shape)
+        return weight, base.compute_dtype or x.dtype, x.dtype
+    if chosen.reads == "store" and auto is None and (store := store_for(base)) is not None and store.dtype == x.dtype:
+        return Stored(store), x.dtype, x.dtype
+    return None
+
+
+class FusedConv(FusedForward):
+    """1-d and 2-d convolutions, dense or in any format."""
+
+    plain_parts = (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d, nn.Identity, nn.Dropout)
+
+    def why_not_exact(self: Any, names: list[str]) -> str:
+        """Return what in the adapters' own geometry `ops.conv` does not know."""
+        kinds = {(type(a), a.groups, a.padding_mode, a.padding, b.groups) for a, b, _ in map(self.parts, names)}
+        if len(kinds) > 1:
+            return "adapters of different geometry"
+        ((kind, down_groups, mode, padding, up_groups),) = kinds
+        if kind not in (SharedConv1d, SharedConv2d) and (down_groups > 1 or (up_groups > 1 and len(names) > 1)):
+            return "several adapters on a grouped convolution, or grouped factors"
+        if mode != "zeros" or isinstance(padding, str):
+            base = self.get_base_layer()
+            if (mode, padding) != (base.padding_mode, base.padding):
+                return "the adapter pads in another way than the base"
+        return ""
+
+    def _fused_forward(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        base: Any = self._modules["base_layer"]
+        auto = autocast_dtype(x.device.type)
+        factors, scalings, dropouts = self._factors(names), self._scalings(names), self._dropouts(names)
+        low = auto or factors[0].dtype
+        if (auto is not None and x.dtype not in (torch.float32, auto)) or x.dim() != factors[0].dim():
+            return None
+        a, b, _ = self.parts(names[0])
+        plain: Any = self.get_base_layer()
+        shared = isinstance(a, SharedConv1d | SharedConv2d) or a.groups == b.groups == 1
+        same = all(getattr(a, f) == getattr(plain, f) for f in ("stride", "padding", "dilation", "padding_mode"))
+        chosen, bias = base_route(base), self._own_bias(names)
+        read = _frozen_conv(base, chosen, x, auto) if same else None
+        padded, padding = with_padding(plain if same else a, x)
+        if padded is not x and dropouts:
+            return None  # PEFT drops before it pads
+        down = Geometry(tuple(a.stride), padding, tuple(a.dilation), a.groups)
+        kind: dict[str, Any] = dict(
+            geometry=down, down=down, up_groups=b.groups, shared=shared, scalings=scalings, dropouts=dropouts
+        )
+        if read is None:
+            result = base(x)
+            addend = result if bias is None else (result + bias.view(-1, *[1] * (x.dim() - 2))).to(result.dtype)
+            layer = Layer(None, False, output=result.dtype, **kind)
+            return lora_conv(padded, layer, addend, factors, Dtypes(low, low))
+        weight, compute, output = read
+        own = base._parameters["bias"]
+        addend = own if bias is None else bias if own is None else own + bias
+        kind["geometry"] = Geometry(tuple(base.stride), padding, tuple(base.dilation), base.groups)
+        layer = Layer(weight, chosen.path == "merged" and shared and not dropouts, output=output, **kind)
+        return lora_conv(padded, layer, addend, factors, Dtypes(compute, low))
+
+
+def _frozen_conv(
+    base: Any, chosen: Route, x: torch.Tensor, auto: torch.dtype | None
+) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | None:
+    """Return how to read a convolution's weight, and the dtypes it computes in and returns; None as for linear."""
+    if chosen.reads == "dense":
+        weight = base._parameters["weight"]
+        if auto is None and x.dtype != weight.dtype:
+            return None
+        return Dense(weight), auto or weight.dtype, auto or weight.dtype
+    if chosen.reads == "4bit":
+        tensors = base.statistics
+        nested = None
+        if base.nested:
+            nested = (tensors["nested_absmax"], tensors["nested_quant_map"], tensors["nested_offset"])
+        settings = (nested, base.blocksize, base.quant_type, base.dense_shape)
+        return Packed(base.weight, tensors["absmax"], tensors["quant_map"], *settings), base.compute_dtype, x.dtype
+    return None
+
+
+class FusedEmbedding(FusedForward):
+    """Embeddings: the base gathers its rows, and the update's are added."""
+
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+
+    def parts(self: Any, name: str) -> list[Any]:
+        """Return A and B, which are bare parameters here. PEFT applies no dropout to an embedding's rows."""
+        return [self._modules[factor]._parameters[name] for factor in self.factor_names]
+
+    def why_not_exact(self: Any, names: list[str]) -> str:
+        """Return what else PEFT's forward does: scales the rows, renormalises them, or counts them."""
+        base = self.get_base_layer()
+        if self._get_embed_scale() is not None:
+            return "the embedding scales its rows"
+        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+            return "the embedding has max_norm, scale_grad_by_freq or sparse gradients"
+        if any(self.input_fns.get(name) or self.output_fns.get(name) for name in names):
+            return "the adapter is spread over devices (tensor parallelism)"
+        return ""
+
+    def _factors(self: Any, names: list[str]) -> list[torch.Tensor]:
+        return [part for name in names for part in self.parts(name)]
+
+    def _dropouts(self, names: list[str]) -> tuple[float, ...]:
+        return ()
+
+    def _fused_forward(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        base: Any = self._modules["base_layer"]
+        result, factors = base(x), self._factors(names)
+        low = autocast_dtype(result.device.type) or factors[0].dtype
+        y = lora_embedding(result, x, factors, self._scalings(names), low, self.get_base_layer().padding_idx)
+        return y.to(result.dtype)

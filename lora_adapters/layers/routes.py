@@ -1,0 +1,160 @@
+"""Which way a LoRA layer computes, decided by one rule that can be read off the layer at any time.
+
+- "merged": the base weight is stored in 4 bits, or by a plugin's quantizer, so it is unpacked for the product anyway:
+  the update goes into it on the way, and one product does everything. With dropout such a call is "split".
+- "split": a dense weight. The low-rank product comes first and the base's product is added to it.
+- "beside": the base module runs as it is (its weight trains, it has hooks, its class has a forward of its own, INT8),
+  and the low-rank product is added to its result.
+- "parent": PEFT's own forward, wherever a layer is not exactly that sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as _module
+
+from ..weights import store_for
+from ..weights.conv4bit import Conv4bit
+from ..weights.dense import DENSE_DTYPES
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way a layer takes, why, and how its weight is read: "dense", "4bit", "store", or "" if it is not."""
+
+    path: str
+    reason: str
+    reads: str = ""
+
+
+_MERGED = Route("merged", "the weight is unpacked for the product anyway", "4bit")
+_STORED = Route("merged", "the weight is read through its quantizer's store", "store")
+_SPLIT = Route("split", "a dense weight", "dense")
+_TRAINED = Route("beside", "the base weight is trained")
+_HOOKED = Route("beside", "the base layer has hooks or a forward put on it")
+_OWN_FORWARD = Route("beside", "the base layer's class has a forward of its own")
+_NOT_PLAIN = Route("beside", "the base weight is not a plain tensor")
+_GATHERED = Route("beside", "rows are gathered, not multiplied")
+
+#: Tensor classes that are nothing but values in memory (or the simulation of that).
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
+
+
+def active(layer: Any) -> list[str]:
+    """Return the names of the active adapters that a layer carries, in the order PEFT applies them."""
+    chosen = layer._active_adapter
+    held = layer._modules[layer.factor_names[0]]
+    return [name for name in ((chosen,) if isinstance(chosen, str) else chosen) if name in held]
+
+
+def route(layer: Any) -> Route:
+    """Return the way a fused layer takes now. It follows the layer's state: hooks, adapters, flags."""
+    if not layer.fused:
+        return Route("parent", "fused=False")
+    if layer.merged_adapters:
+        return Route("parent", "merged: the base layer runs alone")
+    reason = why_parent(layer, active(layer))
+    return Route("parent", reason) if reason else base_route(layer._modules["base_layer"])
+
+
+def why_parent(layer: Any, names: list[str]) -> str:
+    """Return why only PEFT's forward is exact for these adapters, "" if they are plain LoRA."""
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return "a hook is registered on all modules"
+    if not getattr(layer, "cast_input_dtype_enabled", True):
+        return "casting of inputs is switched off"
+    dtype = None
+    for name in names:
+        if name in layer.lora_variant:
+            return f"PEFT's {type(layer.lora_variant[name]).__name__}"
+        if type(layer.scaling[name]) not in (float, int):
+            return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
+        for part in layer.parts(name):
+            if isinstance(part, nn.Module):
+                if is_observed(part):
+                    return f"the adapter's {type(part).__name__} has hooks or a forward put on it"
+                if type(part) not in layer.plain_parts:
+                    return f"the adapter holds a {type(part).__name__}"
+                part = part._parameters.get("weight")
+            if part is not None:
+                if type(part) not in PLAIN_TENSORS:
+                    return f"an adapter weight is a {type(part).__name__}"
+                if dtype not in (None, part.dtype):
+                    return "adapters of different dtypes"
+                dtype = part.dtype
+    return layer.why_not_exact(names)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Return True if something else happens when a module is called: hooks (FSDP, offload, the user's), a new forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def base_route(base: nn.Module) -> Route:
+    """Return the way that a base module allows."""
+    if is_observed(base):
+        return _HOOKED
+    kind = _kind(type(base))
+    if kind == "rows":
+        return _GATHERED
+    if kind == "dense":
+        weight = base._parameters.get("weight")
+        if weight is None or type(weight) not in PLAIN_TENSORS or weight.dtype not in DENSE_DTYPES:
+            return _NOT_PLAIN
+        return _TRAINED if weight.requires_grad else _SPLIT
+    if kind == "4bit":
+        weight = base._parameters["weight"]
+        known = isinstance(base, Conv4bit) or getattr(weight, "quant_state", None) is not None
+        plain = type(weight) in PLAIN_TENSORS or type(weight).__name__ == "Params4bit"
+        return _MERGED if known and plain else _NOT_PLAIN
+    return _OWN_FORWARD if kind == "own" or store_for(base) is None else _STORED
+
+
+_KINDS: dict[type[nn.Module], str] = {}
+
+
+def _kind(cls: type[nn.Module]) -> str:
+    """Return what a base class computes: "dense", "4bit" or "rows", "own" if it can't be told, "" if a store may say."""
+    # A plain dict: torch.compile reads it, and would warn about a functools.cache.
+    if cls not in _KINDS:
+        _KINDS[cls] = _find_kind(cls)
+    return _KINDS[cls]
+
+
+def _find_kind(cls: type[nn.Module]) -> str:
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return "dense"
+    if cls.__name__ == "NonDynamicallyQuantizableLinear":
+        return "own"
+    if issubclass(cls, nn.Embedding):
+        return "rows"
+    if issubclass(cls, Conv4bit):
+        return "4bit" if cls.forward is Conv4bit.forward else "own"
+    if any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in cls.__mro__):
+        from bitsandbytes.nn import Linear4bit
+
+        from ..weights.linear4bit import Linear4bit as Mended
+
+        return "4bit" if cls.forward in (Linear4bit.forward, Mended.forward) else "own"
+    for base, methods in _PLAIN.items():
+        if issubclass(cls, base):
+            return "dense" if all(getattr(cls, m) is getattr(base, m) for m in methods) else ""
+    return "own" if cls.__module__.startswith("bitsandbytes") else ""
+
+
+_PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("forward",),
+    nn.Conv1d: ("forward", "_conv_forward"),
+    nn.Conv2d: ("forward", "_conv_forward"),
+}

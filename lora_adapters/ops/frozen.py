@@ -1,0 +1,134 @@
+"""How an operation reads a frozen weight: as it is, or with an update already in it.
+
+These are light views made for one call, over the tensors that a base module holds. `weights.store.WeightStore` is the
+same idea for everything that happens once: merging, exporting, inspecting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..weights import WeightStore, primitives
+from . import kernels
+
+Nested = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class FrozenWeight(Protocol):
+    """A weight that is read in forward and again in backward, and never gets a gradient.
+
+    Attributes:
+        kept: the stored tensor; autograd keeps it, so that a write to it before backward is noticed.
+        unpacked: True if every read makes a new dense tensor anyway.
+    """
+
+    @property
+    def kept(self) -> torch.Tensor | None: ...  # noqa: D102
+    @property
+    def unpacked(self) -> bool: ...  # noqa: D102
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dense weight (out, in) or (out, in / groups, *kernel); it may be the stored tensor itself."""
+        ...
+
+    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return weight + b @ a as a new tensor of the weight's shape, rounded once to `dtype`.
+
+        Args:
+            dtype: of the result.
+            a: (rank, in / groups * prod(kernel)).
+            b: (out, rank), scaling included.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense weight. `transposed`: stored as (in, out), as transformers' Conv1D does."""
+
+    weight: torch.Tensor
+    transposed: bool = False
+    unpacked = False
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The weight."""
+        return self.weight
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """See FrozenWeight."""
+        weight = self.weight.to(dtype)
+        return weight.t() if self.transposed else weight
+
+    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """See FrozenWeight."""
+        return _merged(self.read(torch.promote_types(self.weight.dtype, torch.float32)), dtype, a, b)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Values in 4 bits as bitsandbytes packs them; `nested` holds maxima, code and offset of the maxima's own blocks."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    nested: Nested | None
+    blocksize: int
+    quant_type: str
+    shape: torch.Size
+    unpacked = True
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The packed values."""
+        return self.packed
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """See FrozenWeight."""
+        return primitives.unpack(
+            self.packed, self.absmax, self.nested, self.blocksize, self.quant_type, self.shape, dtype
+        )
+
+    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """See FrozenWeight."""
+        if kernels.available(self.packed.device):
+            matrix = torch.Size((self.shape[0], self.shape[1:].numel()))
+            return kernels.dequantize_merge(
+                self.packed,
+                self.absmax,
+                self.code,
+                self.nested,
+                self.blocksize,
+                self.quant_type,
+                matrix,
+                a,
+                b,
+                1.0,
+                dtype,
+            ).view(self.shape)
+        return _merged(self.read(torch.float32), dtype, a, b)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in any other format, read through its store."""
+
+    store: WeightStore
+    unpacked = True
+    kept = None
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """See FrozenWeight."""
+        return self.store.read(dtype)
+
+    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """See FrozenWeight."""
+        return _merged(self.store.read(torch.promote_types(self.store.dtype, torch.float32)), dtype, a, b)
+
+
+def _merged(weight: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    matrix = weight.flatten(1)
+    return torch.addmm(matrix, b.to(matrix.dtype), a.to(matrix.dtype)).to(dtype).view(weight.shape)

@@ -1,0 +1,261 @@
+"""LoRA on linear layers that read one input: y_i = x W_i^T + bias_i + sum_j s_j (x A_j^T) B_j^T, for each layer i.
+
+One layer is a group of one; q, k and v of an attention are a group of three, and share every pass over x and the one
+dX. What backward needs is x, h = x A^T (tokens, rank) and the parameters; nothing else is kept:
+
+    dX = sum_i dY_i W_i + dH A        dH = s dY B        dA = dH^T x        dB = s dY^T h
+
+Where W is unpacked for the product anyway, s B A is put into it on the way (`merged`), and dX = dY (W + s B A) is one
+product. A dense W stays as it is: in 16 bits an update smaller than half a unit in W's last place would be rounded away.
+There the low-rank product comes first, and W's product is added to it inside the matrix product (beta = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import lowrank
+from .autocast import no_autocast
+from .dropout import noises, random_state
+from .factors import Stack
+from .frozen import FrozenWeight
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """What a call computes in: `base` the large products, `low` the low-rank ones."""
+
+    base: torch.dtype
+    low: torch.dtype
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of a group, for one call.
+
+    Attributes:
+        weight: how its frozen weight is read; None adds the low-rank product to a result that is there already.
+        merged: put the update into the weight. Not with dropout.
+        scalings: one factor an adapter.
+        output: dtype of its result.
+        dropouts: one probability an adapter; empty where nothing is dropped. Only for a group of one.
+    """
+
+    weight: FrozenWeight | None
+    merged: bool
+    scalings: tuple[float, ...]
+    output: torch.dtype
+    dropouts: tuple[float, ...] = ()
+
+
+def lora_linear(
+    x: torch.Tensor,
+    members: Sequence[Member],
+    addends: Sequence[torch.Tensor | None],
+    factors: Sequence[torch.Tensor],
+    dtypes: Dtypes,
+) -> tuple[torch.Tensor, ...]:
+    """Return each member's output (..., out_i) for x (..., in).
+
+    Args:
+        x: any float dtype. Backward keeps it as it is, or the cast of it that the products need where that is smaller.
+        members: the layers.
+        addends: what is added to each member's result: its bias (out,); of a member without weight its base's result
+            (..., out); or None.
+        factors: A (rank, in) and B (out, rank) of every adapter of every member, in order.
+        dtypes: see Dtypes.
+    """
+    kept = [None if member.weight is None else member.weight.kept for member in members]
+    return _Linear.apply(x, tuple(members), dtypes, *addends, *factors, *kept)  # type: ignore[return-value]
+
+
+def _stacks(members: Sequence[Member], factors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Stack]:
+    stacks, start = [], 0
+    for member in members:
+        stop = start + 2 * len(member.scalings)
+        stacks.append(Stack(factors[start:stop], member.scalings, dtype))
+        start = stop
+    return stacks
+
+
+def _all_a(stacks: Sequence[Stack]) -> torch.Tensor:
+    return stacks[0].a if len(stacks) == 1 else torch.cat([stack.a for stack in stacks])
+
+
+def _columns(h: torch.Tensor, stacks: Sequence[Stack]) -> Sequence[torch.Tensor]:
+    return (h,) if len(stacks) == 1 else h.split([len(stack.a) for stack in stacks], 1)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, members: tuple[Member, ...], dtypes: Dtypes, *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(members)
+        addends, factors = tensors[:count], tensors[count:-count]
+        ctx.members, ctx.dtypes, ctx.state = members, dtypes, None
+        ctx.dtype, ctx.addend_dtypes = x.dtype, [None if addend is None else addend.dtype for addend in addends]
+        with no_autocast(x.device.type):
+            if dtypes.low == dtypes.base and x.element_size() > dtypes.base.itemsize:
+                x = x.to(dtypes.base)  # what all products take, and half of what autograd would keep
+            rows = x.reshape(-1, x.shape[-1])
+            stacks = _stacks(members, factors, dtypes.low)
+            if members[0].dropouts:
+                ctx.state = random_state(x.device)
+                h = _dropped_down(x, stacks[0], noises(x, members[0].dropouts, dtypes.low))
+            else:
+                h = None if all(member.merged for member in members) else lowrank.down(rows, _all_a(stacks))
+            mine = [None] * count if h is None else _columns(h, stacks)
+            outputs = []
+            for member, stack, addend, own in zip(members, stacks, addends, mine, strict=True):
+                y = _forward(rows, member, stack, addend, own, dtypes).to(member.output)
+                outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(x, h, *factors, *tensors[-count:])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        members, dtypes, needs = ctx.members, ctx.dtypes, ctx.needs_input_grad
+        count = len(members)
+        x, h, *tensors = ctx.saved_tensors
+        factors = tensors[:-count]
+        with no_autocast(x.device.type):
+            rows = x.reshape(-1, x.shape[-1])
+            stacks = _stacks(members, factors, dtypes.low)
+            dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
+            masks = noises(x, members[0].dropouts, dtypes.low, ctx.state) if ctx.state is not None else []
+            own: list[torch.Tensor | None] = [None] * len(factors)
+            if any(needs[3 + count : 3 + count + len(factors)]):
+                h = lowrank.down(rows, _all_a(stacks)) if h is None else h
+                dhs, own = _factor_gradients(dys, rows, h, stacks, masks)
+            else:
+                dhs = [dy.to(dtypes.low) @ stack.b for dy, stack in zip(dys, stacks, strict=True)] if needs[0] else []
+            dx = _input_gradient(dys, dhs, stacks, members, masks, dtypes) if needs[0] else None
+            dx = None if dx is None else dx.to(ctx.dtype).view(x.shape)
+            addends = [
+                (dy.sum(0) if member.weight is not None else dy.view(gradient.shape)).to(dtype) if needed else None
+                for dy, gradient, member, dtype, needed in zip(
+                    dys, gradients, members, ctx.addend_dtypes, needs[3 : 3 + count], strict=True
+                )
+            ]
+        return (dx, None, None, *addends, *own, *[None] * count)
+
+
+def _forward(
+    rows: torch.Tensor,
+    member: Member,
+    stack: Stack,
+    addend: torch.Tensor | None,
+    h: torch.Tensor | None,
+    dtypes: Dtypes,
+) -> torch.Tensor:
+    if member.weight is None:
+        assert addend is not None
+        assert h is not None
+        return _added(addend.reshape(-1, addend.shape[-1]), h, stack.b)
+    rows, bias = rows.to(dtypes.base), None if addend is None else addend.to(dtypes.base)
+    if member.merged:
+        weight = member.weight.merged(dtypes.base, stack.a, stack.b).t()
+        return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    assert h is not None
+    weight = member.weight.read(dtypes.base).t()
+    if bias is None:
+        y = (h @ stack.b.t()).to(dtypes.base)
+    else:
+        y = torch.addmm(bias.to(h.dtype), h, stack.b.t()).to(dtypes.base)
+    return y.addmm_(rows, weight)
+
+
+def _added(result: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return result + h @ b^T, summed in the wider dtype."""
+    if result.dtype == h.dtype:
+        return torch.addmm(result, h, b.t())
+    return result + h @ b.t()
+
+
+def _factor_gradients(
+    dys: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    stacks: Sequence[Stack],
+    masks: Sequence[torch.Tensor | None],
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Return dH of each member (tokens, ranks), and the gradients of all factors in their order."""
+    pairs = [
+        lowrank.up_gradients(dy, mine, stack.b)
+        for dy, mine, stack in zip(dys, _columns(h, stacks), stacks, strict=True)
+    ]
+    dhs = [dh for dh, _ in pairs]
+    if masks:
+        das: Sequence[torch.Tensor] = [_dropped_down_gradient(dhs[0], rows, stacks[0], masks)]
+    else:
+        dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
+        das = lowrank.down_gradient(dh, rows).split([len(stack.a) for stack in stacks])
+    both = zip(stacks, das, pairs, strict=True)
+    return dhs, [gradient for stack, da, (_, db) in both for gradient in stack.gradients(da, db)]
+
+
+def _input_gradient(
+    dys: Sequence[torch.Tensor],
+    dhs: Sequence[torch.Tensor],
+    stacks: Sequence[Stack],
+    members: Sequence[Member],
+    masks: Sequence[torch.Tensor | None],
+    dtypes: Dtypes,
+) -> torch.Tensor:
+    """Return dX (tokens, in): the low-rank part of the members that are not merged, then one product after another."""
+    split = [i for i, member in enumerate(members) if not member.merged]
+    dx = None
+    if masks:
+        dx = _dropped_up(dhs[0], stacks[0], masks)
+    elif len(split) == 1:
+        dx = dhs[split[0]] @ stacks[split[0]].a
+    elif split:
+        dx = torch.cat([dhs[i] for i in split], 1) @ torch.cat([stacks[i].a for i in split])
+    for dy, stack, member in zip(dys, stacks, members, strict=True):
+        if member.weight is None:
+            continue
+        weight = (
+            member.weight.merged(dtypes.base, stack.a, stack.b) if member.merged else member.weight.read(dtypes.base)
+        )
+        dy = dy.to(dtypes.base)
+        dx = dy @ weight if dx is None else dx.to(dtypes.base).addmm_(dy, weight)
+    assert dx is not None
+    return dx
+
+
+# ---- with dropout: every adapter has an input of its own ------------------------------------------------------------
+
+
+def _dropped_down(x: torch.Tensor, stack: Stack, masks: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    parts = []
+    for a, mask in zip(stack.each_a, masks, strict=True):
+        rows = (x if mask is None else x.to(mask.dtype) * mask).reshape(-1, x.shape[-1])
+        parts.append(lowrank.down(rows, a))
+    return torch.cat(parts, 1)
+
+
+def _dropped_down_gradient(
+    dh: torch.Tensor, rows: torch.Tensor, stack: Stack, masks: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    parts = []
+    for own, mask in zip(dh.split(stack.ranks, 1), masks, strict=True):
+        dropped = rows if mask is None else rows.to(mask.dtype) * mask.reshape(rows.shape)
+        parts.append(lowrank.down_gradient(own, dropped))
+    return torch.cat(parts)
+
+
+def _dropped_up(dh: torch.Tensor, stack: Stack, masks: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    total = None
+    for own, a, mask in zip(dh.split(stack.ranks, 1), stack.each_a, masks, strict=True):
+        part = own @ a
+        part = part if mask is None else part * mask.reshape(part.shape)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
