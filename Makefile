@@ -5,12 +5,12 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types contracts unit sweep bench test-oldest clean
+.PHONY: demo test lint types contracts unit kernels sweep bench test-oldest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-adapters demo
 
-test: lint types contracts unit
+test: lint types contracts unit kernels
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -25,6 +25,10 @@ contracts: $(VENV)/.dev
 # Two workers with one thread each: the tests are small, and idle threads of one worker would slow the other.
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+# The Triton kernels on CPU tensors. A process of its own: triton is imported as an interpreter there.
+kernels: $(VENV)/.dev
+	TRITON_INTERPRET=1 LORA_ADAPTERS_KERNELS=interpret OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/ops/kernels
 
 # Every model type that transformers registers, and the table in docs/; `make test` runs a sample of them.
 sweep: $(VENV)/.sweep

@@ -66,30 +66,26 @@ def _dequantize_merge_kernel(
     rows = row0 + tl.arange(0, ROWS)
     cols = col0 + tl.arange(0, COLS)
     wide_rows = rows.to(tl.int64)
+    index = wide_rows[:, None] * inn + cols[None, :]
     inside = (rows < out)[:, None] & (cols < inn)[None, :]
 
+    # What the base is made of is asked for first and decoded last, so that it arrives while B @ A is computed.
     if GROUP > 0:
         # inn is a multiple of GROUP, which divides BLOCKSIZE: each group lies in one row and has one maximum.
         groups = tl.arange(0, COLS // GROUP)
         group_cols = col0 + groups * GROUP
         group_inside = (rows < out)[:, None] & (group_cols < inn)[None, :]
-        block = (wide_rows[:, None] * inn + group_cols[None, :]) // BLOCKSIZE
-        maxima = _maxima(absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, block, group_inside, NESTED)
         position = (wide_rows * row_bytes)[:, None] + (col0 // COLS * (COLS // 2) + groups * (GROUP // 2))[None, :]
         position = position[:, :, None] + tl.arange(0, GROUP // 2)[None, None, :]
-        pair = tl.load(packed_ptr + position, mask=group_inside[:, :, None], other=0).to(tl.int32)
-        first = tl.load(code_ptr + (pair >> 4)) * maxima[:, :, None]
-        second = tl.load(code_ptr + (pair & 15)) * maxima[:, :, None]
-        base = tl.reshape(tl.interleave(first, second), (ROWS, COLS))
+        pair = tl.load(packed_ptr + position, mask=group_inside[:, :, None], other=0)
+        block = (wide_rows[:, None] * inn + group_cols[None, :]) // BLOCKSIZE
+        maxima = _maxima(absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, block, group_inside, NESTED)
     else:
-        index = wide_rows[:, None] * inn + cols[None, :]
-        pair = tl.load(packed_ptr + index // 2, mask=inside, other=0).to(tl.int32)
-        value = tl.where(index % 2 == 0, pair >> 4, pair & 15)
+        pair = tl.load(packed_ptr + index // 2, mask=inside, other=0)
         maxima = _maxima(absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, index // BLOCKSIZE, inside, NESTED)
-        base = tl.load(code_ptr + value) * maxima
 
+    change = tl.zeros((ROWS, COLS), tl.float32)
     if MERGE:
-        change = tl.zeros((ROWS, COLS), tl.float32)
         for start in range(0, rank, RANKS):
             ranks = start + tl.arange(0, RANKS)
             b_inside = (rows < out)[:, None] & (ranks < rank)[None, :]
@@ -100,10 +96,18 @@ def _dequantize_merge_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             change = tl.dot(b, a, change, input_precision=PRECISION)
+
+    if GROUP > 0:
+        first = tl.load(code_ptr + (pair >> 4).to(tl.int32)) * maxima[:, :, None]
+        second = tl.load(code_ptr + (pair & 15).to(tl.int32)) * maxima[:, :, None]
+        base = tl.reshape(tl.interleave(first, second), (ROWS, COLS))
+    else:
+        value = tl.where(index % 2 == 0, pair >> 4, pair & 15)
+        base = tl.load(code_ptr + value.to(tl.int32)) * maxima
+    if MERGE:
         base = base + scaling * change
 
-    place = (wide_rows * inn)[:, None] + cols[None, :]
-    tl.store(weight_ptr + place, base.to(weight_ptr.dtype.element_ty), mask=inside)
+    tl.store(weight_ptr + index, base.to(weight_ptr.dtype.element_ty), mask=inside)
 
 
 class Tile(NamedTuple):

@@ -18,6 +18,7 @@ class DeviceFacts(NamedTuple):
 
     processors: int
     capability: tuple[int, int]
+    tensor_dtypes: tuple[torch.dtype, ...]  # what Triton's products take besides fp32
     shared: int  # bytes of shared memory that one program may use
 
     def stages(self, stage_bytes: int) -> int:
@@ -25,11 +26,8 @@ class DeviceFacts(NamedTuple):
         return max(1, min(4, min(96 << 10, self.shared - (8 << 10)) // stage_bytes))
 
     def multiplies(self, *dtypes: torch.dtype) -> bool:
-        """Return whether operands of these dtypes go to the tensor cores as they are; if not, they do so as fp32."""
-        first = dtypes[0]
-        if any(dtype != first for dtype in dtypes):
-            return False
-        return first == torch.float16 or (first == torch.bfloat16 and self.capability >= (8, 0))
+        """Return whether operands of these dtypes are multiplied as they are; if not, they are as fp32."""
+        return dtypes[0] in self.tensor_dtypes and all(dtype == dtypes[0] for dtype in dtypes)
 
     @property
     def precision(self) -> str:
@@ -39,12 +37,13 @@ class DeviceFacts(NamedTuple):
 
 @functools.cache
 def facts(device: torch.device) -> DeviceFacts:
-    """Return the facts of a device. The interpreter is like 7.5: it multiplies bf16 wrongly and has no tf32."""
+    """Return the facts of a device. Triton has no tensor-core products below 8.0; its interpreter has no right bf16."""
     if device.type != "cuda":
-        return DeviceFacts(8, (7, 5), 64 << 10)
+        return DeviceFacts(8, (7, 5), (torch.float16,), 64 << 10)
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    return DeviceFacts(properties.multi_processor_count, capability, properties.shared_memory_per_block_optin)
+    dtypes = (torch.float16, torch.bfloat16) if capability >= (8, 0) else ()
+    return DeviceFacts(properties.multi_processor_count, capability, dtypes, properties.shared_memory_per_block_optin)
 
 
 def written(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -12,7 +12,8 @@ rank is (R / 128 of it for each result at the usual tile), and stay in the cache
 
 Which kernel runs:
     R <= 32: the kernels above.
-    R > 32, operands of one dtype: torch.mm. cuBLAS is bound by the same memory and its tiles suit these ranks.
+    R > 32, operands of one dtype: torch.mm. cuBLAS is bound by the same memory and its tiles suit these ranks. Below
+        compute capability 8.0, where only cuBLAS has tensor-core products, at every R.
     R > 32, operands of different dtypes: the kernels of `down` and `down_grad`, also for `up_grads`, which then reads
         dy twice, and 64 ranks at a time: each 64 ranks read the long operand again. No cast copy is ever made.
 Tiles come from small tables (`down_tile`, `up_tile`, `grad_tile`); nothing is timed at run time.
@@ -175,7 +176,7 @@ def down_tile(tokens: int, features: int, rank: int, wide: bool, itemsize: int, 
     """Return the tile of `down`: few tokens, so that all processors have work, and long pieces of their rows."""
     ranks = block_of(rank, 16, _MOST_RANKS)
     if ranks > FUSED_RANK:
-        rows, cols = 64, 64
+        rows, cols = 64, 32
     else:
         # a is read again for each tile: 32 rows make that half of x's bytes at rank 16, which the cache can carry.
         rows = 32 if 4 * ceil_div(tokens, 32) >= 3 * known.processors else 16
@@ -184,7 +185,7 @@ def down_tile(tokens: int, features: int, rank: int, wide: bool, itemsize: int, 
     cols = block_of(features, 16, cols)
     programs = ceil_div(tokens, rows) * ceil_div(rank, ranks)
     # Only long rows are cut: adding the parts is a launch of its own.
-    parts = max(1, min(ceil_div(known.processors, programs), features // 2048))
+    parts = max(1, min(known.processors // programs, features // 2048))
     return Tile(rows, cols, ranks, parts, 4, known.stages((rows + ranks) * cols * itemsize))
 
 
@@ -200,8 +201,9 @@ def grad_tile(tokens: int, features: int, rank: int, wide: bool, itemsize: int, 
     """Return the tile of `down_grad`."""
     ranks = block_of(rank, 16, _MOST_RANKS)
     cols = block_of(features, 16, 64 if wide else 128)
-    parts = _parts(tokens, 64, ceil_div(features, cols) * ceil_div(rank, ranks), known)
-    return Tile(64, cols, ranks, parts, 4, known.stages(64 * (cols + ranks) * itemsize))
+    rows = 32 if wide else 64
+    parts = _parts(tokens, rows, ceil_div(features, cols) * ceil_div(rank, ranks), known)
+    return Tile(rows, cols, ranks, parts, 4, known.stages(rows * (cols + ranks) * itemsize))
 
 
 def _parts(tokens: int, step: int, programs: int, known: DeviceFacts) -> int:
@@ -214,9 +216,9 @@ def _part_size(count: int, parts: int, step: int) -> int:
     return ceil_div(ceil_div(count, parts), step) * step
 
 
-def _use_mm(rank: int, *operands: torch.Tensor) -> bool:
-    """The rule for torch.mm; see the top of this file."""
-    return rank > FUSED_RANK and all(tensor.dtype == operands[0].dtype for tensor in operands)
+def _fused(rank: int, known: DeviceFacts) -> bool:
+    """Return whether kernels run whatever the dtypes are; see the rule at the top of this file."""
+    return rank <= FUSED_RANK and bool(known.tensor_dtypes)
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
@@ -242,6 +244,7 @@ def _settings(tile: Tile, wide: bool, known: DeviceFacts) -> dict[str, Any]:
         RANKS=tile.ranks,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,  # said because Triton changes its default
     )
 
 
@@ -250,15 +253,16 @@ def launch_down(
 ) -> torch.Tensor:
     """Return scaling * x @ a^T (tokens, rank) in `dtype`. a may have any strides. `tile` is for measuring."""
     (tokens, features), rank = x.shape, a.shape[0]
-    if tile is None and _use_mm(rank, x, a):
-        return _mm(x, a.t(), scaling, dtype)
     if tokens == 0:
         return x.new_empty((0, rank), dtype=dtype)
-    x, known = unit_stride(x), facts(x.device)
+    known = facts(x.device)
+    if tile is None and x.dtype == a.dtype and not _fused(rank, known):
+        return _mm(x, a.t(), scaling, dtype)
+    x = unit_stride(x)
     wide = not known.multiplies(x.dtype, a.dtype)
     tile = tile or down_tile(tokens, features, rank, wide, max(x.itemsize, a.itemsize), known)
-    part = _part_size(features, tile.parts, tile.features)
-    parts = max(1, ceil_div(features, part)) if part else 1
+    part = max(1, _part_size(features, tile.parts, tile.features))
+    parts = max(1, ceil_div(features, part))
     parts_dtype = torch.float32 if parts > 1 else written(dtype, x.device)
     h = x.new_empty((parts, tokens, rank), dtype=parts_dtype)
     start(
@@ -287,10 +291,11 @@ def launch_up_grads(
     (tokens, features), rank = dy.shape, b.shape[1]
     if tokens == 0:
         return torch.empty_like(h), b.new_zeros(b.shape, dtype=torch.float32)
-    if rank > FUSED_RANK:
+    known = facts(dy.device)
+    if not _fused(rank, known):
         dh = launch_down(dy, b.t(), scaling, h.dtype)
         return dh, launch_down_grad(h, dy, scaling).t().contiguous()
-    dy, h, b, known = unit_stride(dy), unit_stride(h), unit_stride(b), facts(dy.device)
+    dy, h, b = unit_stride(dy), unit_stride(h), unit_stride(b)
     wide = not known.multiplies(dy.dtype, h.dtype, b.dtype)
     tile = tile or up_tile(tokens, features, rank, wide, max(dy.itemsize, h.itemsize), known)
     part = _part_size(tokens, tile.parts, tile.tokens)
@@ -323,9 +328,10 @@ def launch_down_grad(dh: torch.Tensor, x: torch.Tensor, scaling: float = 1.0, ti
     (tokens, features), rank = x.shape, dh.shape[1]
     if tokens == 0:
         return x.new_zeros((rank, features), dtype=torch.float32)
-    if tile is None and _use_mm(rank, dh, x):
+    known = facts(x.device)
+    if tile is None and x.dtype == dh.dtype and not _fused(rank, known):
         return _mm(dh.t(), x, scaling, torch.float32)
-    dh, x, known = unit_stride(dh), unit_stride(x), facts(x.device)
+    dh, x = unit_stride(dh), unit_stride(x)
     wide = not known.multiplies(dh.dtype, x.dtype)
     tile = tile or grad_tile(tokens, features, rank, wide, max(dh.itemsize, x.itemsize), known)
     part = _part_size(tokens, tile.parts, tile.tokens)

@@ -45,5 +45,6 @@ def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         PARTS=block_of(parts.shape[0], 2, 32),
         SIZE=block,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return total.to(dtype)
