@@ -18,3 +18,8 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor in a dtype. Calling .to for nothing takes longer than looking."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

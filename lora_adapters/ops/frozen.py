@@ -6,13 +6,13 @@ same idea for everything that happens once: merging, exporting, inspecting.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ..weights import WeightStore, primitives
 from . import kernels
+from .autocast import cast
 
 Nested = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -22,13 +22,10 @@ class FrozenWeight(Protocol):
 
     Attributes:
         kept: the stored tensor; autograd keeps it, so that a write to it before backward is noticed.
-        unpacked: True if every read makes a new dense tensor anyway.
     """
 
     @property
     def kept(self) -> torch.Tensor | None: ...  # noqa: D102
-    @property
-    def unpacked(self) -> bool: ...  # noqa: D102
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight (out, in) or (out, in / groups, *kernel); it may be the stored tensor itself."""
@@ -45,13 +42,11 @@ class FrozenWeight(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Dense:
+class Dense(NamedTuple):
     """A dense weight. `transposed`: stored as (in, out), as transformers' Conv1D does."""
 
     weight: torch.Tensor
     transposed: bool = False
-    unpacked = False
 
     @property
     def kept(self) -> torch.Tensor:
@@ -60,7 +55,7 @@ class Dense:
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """See FrozenWeight."""
-        weight = self.weight.to(dtype)
+        weight = cast(self.weight, dtype)
         return weight.t() if self.transposed else weight
 
     def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -68,8 +63,7 @@ class Dense:
         return _merged(self.read(torch.promote_types(self.weight.dtype, torch.float32)), dtype, a, b)
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """Values in 4 bits as bitsandbytes packs them; `nested` holds maxima, code and offset of the maxima's own blocks."""
 
     packed: torch.Tensor
@@ -79,7 +73,6 @@ class Packed:
     blocksize: int
     quant_type: str
     shape: torch.Size
-    unpacked = True
 
     @property
     def kept(self) -> torch.Tensor:
@@ -112,12 +105,10 @@ class Packed:
         return _merged(self.read(torch.float32), dtype, a, b)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A weight in any other format, read through its store."""
 
     store: WeightStore
-    unpacked = True
     kept = None
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
@@ -131,4 +122,4 @@ class Stored:
 
 def _merged(weight: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     matrix = weight.flatten(1)
-    return torch.addmm(matrix, b.to(matrix.dtype), a.to(matrix.dtype)).to(dtype).view(weight.shape)
+    return cast(torch.addmm(matrix, cast(b, matrix.dtype), cast(a, matrix.dtype)), dtype).view(weight.shape)

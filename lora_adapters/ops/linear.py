@@ -13,29 +13,26 @@ There the low-rank product comes first, and W's product is added to it inside th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import lowrank
-from .autocast import no_autocast
+from .autocast import cast, no_autocast
 from .dropout import noises, random_state
 from .factors import Stack
 from .frozen import FrozenWeight
 
 
-@dataclass(frozen=True)
-class Dtypes:
+class Dtypes(NamedTuple):
     """What a call computes in: `base` the large products, `low` the low-rank ones."""
 
     base: torch.dtype
     low: torch.dtype
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One layer of a group, for one call.
 
     Attributes:
@@ -98,23 +95,24 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         count = len(members)
         addends, factors = tensors[:count], tensors[count:-count]
-        ctx.members, ctx.dtypes, ctx.state = members, dtypes, None
-        ctx.dtype, ctx.addend_dtypes = x.dtype, [None if addend is None else addend.dtype for addend in addends]
+        ctx.members, ctx.dtypes, ctx.dtype, ctx.state = members, dtypes, x.dtype, None
+        ctx.addend_dtypes = [None if addend is None else addend.dtype for addend in addends]
         with no_autocast(x.device.type):
-            if dtypes.low == dtypes.base and x.element_size() > dtypes.base.itemsize:
+            if x.dtype is not dtypes.base and dtypes.low is dtypes.base and x.element_size() > dtypes.base.itemsize:
                 x = x.to(dtypes.base)  # what all products take, and half of what autograd would keep
-            rows = x.reshape(-1, x.shape[-1])
+            shape = x.shape
+            rows = x.reshape(-1, shape[-1])
             stacks = _stacks(members, factors, dtypes.low)
             if members[0].dropouts:
                 ctx.state = random_state(x.device)
                 h = _dropped_down(x, stacks[0], noises(x, members[0].dropouts, dtypes.low))
             else:
                 h = None if all(member.merged for member in members) else lowrank.down(rows, _all_a(stacks))
-            mine = [None] * count if h is None else _columns(h, stacks)
+            mine = (None,) * count if h is None else _columns(h, stacks)
             outputs = []
-            for member, stack, addend, own in zip(members, stacks, addends, mine, strict=True):
-                y = _forward(rows, member, stack, addend, own, dtypes).to(member.output)
-                outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            for i, member in enumerate(members):
+                y = cast(_forward(rows, member, stacks[i], addends[i], mine[i], dtypes), member.output)
+                outputs.append(y.view(*shape[:-1], y.shape[-1]))
         ctx.save_for_backward(x, h, *factors, *tensors[-count:])
         return tuple(outputs)
 
@@ -137,13 +135,12 @@ class _Linear(torch.autograd.Function):
             else:
                 dhs = [dy.to(dtypes.low) @ stack.b for dy, stack in zip(dys, stacks, strict=True)] if needs[0] else []
             dx = _input_gradient(dys, dhs, stacks, members, masks, dtypes) if needs[0] else None
-            dx = None if dx is None else dx.to(ctx.dtype).view(x.shape)
-            addends = [
-                (dy.sum(0) if member.weight is not None else dy.view(gradient.shape)).to(dtype) if needed else None
-                for dy, gradient, member, dtype, needed in zip(
-                    dys, gradients, members, ctx.addend_dtypes, needs[3 : 3 + count], strict=True
-                )
-            ]
+            dx = None if dx is None else cast(dx, ctx.dtype).view(x.shape)
+            addends: list[torch.Tensor | None] = [None] * count
+            for i, (dy, member) in enumerate(zip(dys, members, strict=True)):
+                if needs[3 + i]:
+                    addend = dy.sum(0) if member.weight is not None else dy.view(gradients[i].shape)
+                    addends[i] = cast(addend, ctx.addend_dtypes[i])
         return (dx, None, None, *addends, *own, *[None] * count)
 
 
@@ -159,16 +156,16 @@ def _forward(
         assert addend is not None
         assert h is not None
         return _added(addend.reshape(-1, addend.shape[-1]), h, stack.b)
-    rows, bias = rows.to(dtypes.base), None if addend is None else addend.to(dtypes.base)
+    rows, bias = cast(rows, dtypes.base), None if addend is None else cast(addend, dtypes.base)
     if member.merged:
         weight = member.weight.merged(dtypes.base, stack.a, stack.b).t()
         return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
     assert h is not None
     weight = member.weight.read(dtypes.base).t()
     if bias is None:
-        y = (h @ stack.b.t()).to(dtypes.base)
+        y = cast(h @ stack.b.t(), dtypes.base)
     else:
-        y = torch.addmm(bias.to(h.dtype), h, stack.b.t()).to(dtypes.base)
+        y = cast(torch.addmm(cast(bias, h.dtype), h, stack.b.t()), dtypes.base)
     return y.addmm_(rows, weight)
 
 
@@ -196,7 +193,8 @@ def _factor_gradients(
         das: Sequence[torch.Tensor] = [_dropped_down_gradient(dhs[0], rows, stacks[0], masks)]
     else:
         dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
-        das = lowrank.down_gradient(dh, rows).split([len(stack.a) for stack in stacks])
+        da = lowrank.down_gradient(dh, rows)
+        das = [da] if len(stacks) == 1 else da.split([len(stack.a) for stack in stacks])
     both = zip(stacks, das, pairs, strict=True)
     return dhs, [gradient for stack, da, (_, db) in both for gradient in stack.gradients(da, db)]
 
@@ -224,8 +222,8 @@ def _input_gradient(
         weight = (
             member.weight.merged(dtypes.base, stack.a, stack.b) if member.merged else member.weight.read(dtypes.base)
         )
-        dy = dy.to(dtypes.base)
-        dx = dy @ weight if dx is None else dx.to(dtypes.base).addmm_(dy, weight)
+        dy = cast(dy, dtypes.base)
+        dx = dy @ weight if dx is None else cast(dx, dtypes.base).addmm_(dy, weight)
     assert dx is not None
     return dx
 
