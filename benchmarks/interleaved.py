@@ -1,0 +1,46 @@
+"""What the benchmarks share: timing several things in turn, ratios within a round, and tables."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def seconds(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> list[dict[str, float]]:
+    """Return one dict of seconds a round. Every round runs each variant once, every other round in reverse order.
+
+    A machine that slows down for a while slows all of a round, and no variant always runs after the same other one.
+    """
+    names, found = list(variants), []
+    for turn in range(warmup + rounds):
+        times = {}
+        for name in names if turn % 2 else reversed(names):
+            start = time.perf_counter()
+            variants[name]()
+            times[name] = time.perf_counter() - start
+        found.append(times)
+    return found[warmup:]
+
+
+def median(rounds: Sequence[Mapping[str, float]], name: str) -> float:
+    """Return the median of one variant."""
+    return statistics.median(times[name] for times in rounds)
+
+
+def ratio(rounds: Sequence[Mapping[str, float]], name: str, other: str) -> float:
+    """Return the median over rounds of one variant's time over another's of the same round."""
+    return statistics.median(times[name] / times[other] for times in rounds)
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows with the same keys as a markdown table; numbers with two decimals, or one from 100 up."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(_text(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+    return "" if value is None else str(value)
