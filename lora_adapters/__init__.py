@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import LoraAdaptersError as LoraAdaptersError
     from .hooks import hookimpl as hookimpl
     from .merged_checkpoint import merge_checkpoint as merge_checkpoint
+    from .optimization import optimize as optimize
 
 __version__ = "0.1.0.dev0"
 
@@ -22,6 +23,7 @@ _LAZY = {
     "hookimpl": "hooks",
     "load": "api",
     "merge_checkpoint": "merged_checkpoint",
+    "optimize": "optimization",
     "plan": "api",
     "restore": "api",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "hookimpl",
     "load",
     "merge_checkpoint",
+    "optimize",
     "plan",
     "restore",
 ]

@@ -28,6 +28,7 @@ from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, Verific
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
+from .layers.optimized import stock_class
 from .naming import patterns_for, target_modules_for
 from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
@@ -224,7 +225,8 @@ def adopt(layer: LoraLayer) -> EngineLayer:
 
 
 def _our_class(peft_class: type) -> type | None:
-    """Return our subclass of a stock PEFT layer class, or None."""
+    """Return our subclass of a stock PEFT layer class, or of one that `optimize` gave a layer instead; or None."""
+    peft_class = stock_class(peft_class) or peft_class
     for spec in BUILTIN_LAYERS:
         if not spec.layer.endswith(f":{peft_class.__name__}"):
             continue

@@ -58,7 +58,11 @@ def route(layer: Any) -> Route:
         return Route("parent", "fused=False")
     if layer.merged_adapters:
         return Route("parent", "merged: the base layer runs alone")
-    reason = why_parent(layer, active(layer))
+    if layer._disable_adapters:
+        return Route("parent", "its adapters are disabled: the base layer runs alone")
+    if not (names := active(layer)):
+        return Route("parent", "no active adapter: the base layer runs alone")
+    reason = why_parent(layer, names)
     return Route("parent", reason) if reason else base_route(layer._modules["base_layer"])
 
 
