@@ -257,6 +257,8 @@ def dequantize_merge(
         raise RequestError(
             f"{packed.numel() * packed.element_size()} packed bytes are too few for {out} x {inn} values."
         )
+    if absmax.numel() < primitives.blocks(out * inn, blocksize):
+        raise RequestError(f"{absmax.numel()} block maxima are too few for {out} x {inn} values, {blocksize} a block.")
     if (a is None) != (b is None):
         raise RequestError("Give both LoRA factors, a and b, or neither.")
     if a is not None and b is not None and (a.shape[1] != inn or b.shape != (out, a.shape[0])):

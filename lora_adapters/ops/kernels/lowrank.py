@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...errors import RequestError
 from .launching import DeviceFacts, block_of, ceil_div, facts, register, start, unit_stride, written
 from .partial_sums import sum_parts
 
@@ -384,6 +385,13 @@ _down_grad = register(
 )
 
 
+def _check_fit(fits: bool, **operands: torch.Tensor) -> None:
+    """Raise RequestError with the operands' shapes: a kernel would read past the end of one."""
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(operand.shape)}" for name, operand in operands.items())
+        raise RequestError(f"The operands of this product don't fit together: {shapes}.")
+
+
 def down(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return x @ a^T, accumulated in fp32 and rounded once. No derivative.
 
@@ -397,7 +405,11 @@ def down(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Returns:
         (T, R) of `dtype`, contiguous.
+
+    Raises:
+        RequestError: the shapes don't fit together.
     """
+    _check_fit(x.shape[1] == a.shape[1], x=x, a=a)
     return _down(x, a, 1.0, dtype)
 
 
@@ -412,7 +424,11 @@ def up_grads(dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float)
 
     Returns:
         dh = scaling * dy @ b, (T, R) in h's dtype, and db = scaling * dy^T @ h, (out, R) in fp32. Both contiguous.
+
+    Raises:
+        RequestError: the shapes don't fit together.
     """
+    _check_fit(dy.shape == (h.shape[0], b.shape[0]) and h.shape[1] == b.shape[1], dy=dy, h=h, b=b)
     return _up_grads(dy, h, b, scaling)
 
 
@@ -425,5 +441,9 @@ def down_grad(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (R, inn) in fp32, contiguous.
+
+    Raises:
+        RequestError: the shapes don't fit together.
     """
+    _check_fit(dh.shape[0] == x.shape[0], dh=dh, x=x)
     return _down_grad(dh, x, 1.0)

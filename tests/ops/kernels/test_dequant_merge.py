@@ -138,9 +138,31 @@ def test_what_does_not_fit_is_refused(device):
             weight.kernel(*wrong, 1.0, torch.float32)
     with pytest.raises(RequestError, match="int32"):
         weight.kernel(a, b, 1.0, torch.int32)
+    weight.state.absmax = weight.state.absmax[:15]
+    with pytest.raises(RequestError, match="block maxima"):
+        weight.kernel(a, b, 1.0, torch.float32)
     weight.shape = torch.Size((16, 65))
     with pytest.raises(RequestError, match="packed bytes"):
         weight.kernel(None, None, 1.0, torch.float32)
     weight.state.quant_type = "nf5"
     with pytest.raises(RequestError, match="quant_type"):
         weight.kernel(None, None, 1.0, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inn", [(1 << 14) + 64, (1 << 14) + 2])
+def test_more_than_two_to_the_31_values(device, inn):
+    """9 GB on the GPU: the last rows come out as they do alone."""
+    out, rank, tail, blocksize = (1 << 17) + 64, 4, 64, 32
+    packed = torch.randint(0, 256, (out * inn // 2,), dtype=torch.uint8, device=device)
+    absmax = torch.rand(out * inn // blocksize, device=device)
+    code = Packed(device, 1, 64).state.code
+    a, b = factors(device, out, inn, rank, torch.bfloat16)
+
+    def merged(rows):
+        part = packed[-rows * inn // 2 :], absmax[-rows * inn // blocksize :]
+        settings = (code, None, blocksize, "nf4", (rows, inn))
+        return kernels.dequantize_merge(*part, *settings, a, b[-rows:], 0.5, torch.bfloat16)
+
+    assert out * inn > 1 << 31
+    assert torch.equal(merged(out)[-tail:], merged(tail))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lora_adapters.errors import RequestError
 from lora_adapters.ops import kernels
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -152,3 +153,34 @@ def test_compiled_without_a_graph_break(device, rank):
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (20, 11):
         torch.testing.assert_close(compiled(x[:tokens]), everything(x[:tokens]))
+
+
+def test_what_does_not_fit_is_refused(device):
+    x, a, h, b = (normal(device, *shape) for shape in [(9, 20), (4, 20), (9, 4), (20, 4)])
+    with pytest.raises(RequestError, match=r"x \(9, 19\)"):
+        kernels.down(x[:, :19], a, F32)
+    for wrong in [(x[:8], h, b), (x[:, :19], h, b), (x, h[:, :3], b)]:
+        with pytest.raises(RequestError, match="dy"):
+            kernels.up_grads(*wrong, 1.0)
+    with pytest.raises(RequestError, match="dh"):
+        kernels.down_grad(h[:8], x)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_values(device):
+    """9 GB on the GPU: the last rows come out as they do alone."""
+    tokens, features, rank, tail = (1 << 17) + 40, (1 << 14) + 16, 16, 64
+    x = torch.zeros(tokens, features, device=device, dtype=BF16)
+    x[-tail:] = normal(device, tail, features, dtype=BF16)
+    a, b = normal(device, rank, features, dtype=BF16), normal(device, features, rank, dtype=BF16)
+    h = normal(device, tokens, rank, dtype=BF16)
+    assert x.numel() > 1 << 31
+    (dh, db), (dh_tail, db_tail) = kernels.up_grads(x, h, b, 1.0), kernels.up_grads(x[-tail:], h[-tail:], b, 1.0)
+    pairs = [
+        (kernels.down(x, a, F32)[-tail:], kernels.down(x[-tail:], a, F32)),
+        (kernels.down_grad(h, x), kernels.down_grad(h[-tail:], x[-tail:])),
+        (dh[-tail:], dh_tail),
+        (db, db_tail),
+    ]
+    for result, expected in pairs:
+        torch.testing.assert_close(result, expected, rtol=0.02, atol=0.01)
