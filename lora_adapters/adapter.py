@@ -97,10 +97,10 @@ class Adapter:
         return any(self.name in layer.merged_adapters for layer in self.layers.values())
 
     def summary(self) -> str:
-        """Return a table of what is adapted, what runs it, what is skipped and why."""
+        """Return a table of what is adapted, how each layer computes now and why, what is skipped and why."""
         from .report.plan_table import render
 
-        return render(self.plan, inject.fallbacks(self.base, self.plan))
+        return render(self.plan, inject.routes(self.base, self.plan))
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Iterate over the parameters that this adapter trains."""

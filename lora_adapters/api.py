@@ -14,7 +14,7 @@ from .backends import unwrap
 from .errors import LoraAdaptersError, RequestError, UnsupportedError
 from .hooks.manager import load_object, plugins, require
 from .planning import make_plan
-from .request import _UNSET, AttachRequest
+from .request import _UNSET, AttachRequest, check_fused
 from .saving import restore_adapter
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def attach(
     modules_to_save: Sequence[str] | None = _UNSET,
     config: Any = None,
     *,
+    fused: Any = _UNSET,
     progress: bool | None = None,
     **lora_config_fields: Any,
 ) -> Adapter:
@@ -66,6 +67,8 @@ def attach(
             these tasks would train the head again. The head then belongs to the base and is not in the adapter's file;
             PeftModel and AutoPeftModel load it, AutoPeftModelForSequenceClassification and its like do not.
         config: a peft.LoraConfig instead of the arguments above.
+        fused: "auto" (default) computes each layer in the fastest way that is exact; `adapter.summary()` says which and
+            why. False runs PEFT's own forward in every layer of this adapter, also for other adapters on them.
         progress: show a progress bar while quantizing; None shows it in a terminal.
         **lora_config_fields: also `layers` (block indices), `exclude` (names), `seed`, `dtype`; PEFT's names for the
             arguments above (`r`, `lora_alpha`, `target_modules`, ...); and any other field of peft.LoraConfig.
@@ -86,6 +89,7 @@ def attach(
         quantization=quantization,
         adapter_name=adapter_name,
         modules_to_save=modules_to_save,
+        fused=fused,
         **lora_config_fields,
     )
     base = unwrap(model)
@@ -135,7 +139,14 @@ class progress_bar:
             self.bar.stop()
 
 
-def restore(model: nn.Module, path: str | Path, adapter_name: str = "default", revision: str | None = None) -> Adapter:
+def restore(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    revision: str | None = None,
+    *,
+    fused: Any = "auto",
+) -> Adapter:
     """Attach a saved adapter. Everything in the files is checked before the model is touched.
 
     Args:
@@ -143,13 +154,16 @@ def restore(model: nn.Module, path: str | Path, adapter_name: str = "default", r
         path: a PEFT checkpoint folder, or a Hub name.
         adapter_name: name the adapter gets here.
         revision: Hub revision.
+        fused: as for `attach`.
 
     Raises:
+        RequestError: a wrong argument.
         CheckpointError: the files are damaged, unsafe, incomplete or made for another model. The model is unchanged.
     """
+    check_fused(fused)
     base = unwrap(model)
     inject.check_free_name(base, adapter_name)
-    peft_model, made, changes = restore_adapter(base, _peft_model(model, base), path, adapter_name, revision)
+    peft_model, made, changes = restore_adapter(base, _peft_model(model, base), path, adapter_name, revision, fused)
     return _attached(base, peft_model, made, changes)
 
 

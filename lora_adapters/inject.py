@@ -28,7 +28,9 @@ from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, Verific
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
+from .layers.fused import FusedForward
 from .layers.optimized import stock_class
+from .layers.routes import Route, route
 from .naming import patterns_for, target_modules_for
 from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
@@ -99,6 +101,7 @@ def _apply(
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
+        _choose_forwards(model, plan)
         if fused:
             keep_called(model)
         if load is not None:
@@ -152,6 +155,15 @@ def _refuse_foreign(model: nn.Module) -> None:
             "time, so LoRA beside them would silently stop their training. Unload them first, or use prompt or prefix "
             "tuning, which LoRA can stand beside."
         )
+
+
+def _choose_forwards(model: nn.Module, plan: AttachPlan) -> None:
+    """Switch the fast forwards of the plan's layers on or off. The last adapter that comes to a layer decides."""
+    for planned in plan.layers:
+        layer = model.get_submodule(planned.name)
+        vars(layer).pop("fused", None)
+        if plan.request.fused is False and isinstance(layer, FusedForward):
+            layer.fused = False
 
 
 def _values_at_risk(model: nn.Module, plan: AttachPlan) -> list[nn.Parameter]:
@@ -434,16 +446,15 @@ def check_free_name(model: nn.Module, name: str) -> None:
         )
 
 
-def fallbacks(model: nn.Module, plan: AttachPlan) -> Mapping[str, str]:
-    """Return module name -> reason, of layers that stock PEFT code runs because no class of ours covers them."""
+def routes(model: nn.Module, plan: AttachPlan) -> Mapping[str, Route]:
+    """Return module name -> the way that each of the plan's layers takes now, with the reason."""
     found = {}
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
-        if not isinstance(module, EngineLayer):
-            found[layer.name] = f"PEFT's own {type(module).__name__}"
-        elif plan.request.adapter_name in module.lora_variant:
-            variant = type(module.lora_variant[plan.request.adapter_name]).__name__
-            found[layer.name] = f"PEFT's {variant}"
+        if isinstance(module, FusedForward):
+            found[layer.name] = route(module)
+        else:
+            found[layer.name] = Route("stock", f"there is no faster forward for PEFT's {type(module).__name__}")
     return found
 
 

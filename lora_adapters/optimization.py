@@ -22,6 +22,7 @@ from torch import nn
 from .backends import foreign_tuner, unwrap
 from .errors import NoTargetError, RequestError
 from .layers.fused import FusedForward
+from .layers.groups import join_siblings
 from .layers.optimized import optimized_class, stock_class
 from .layers.routes import Route, route
 from .report.route_table import count_routes, render_routes
@@ -76,6 +77,7 @@ class OptimizeReport:
             stock = stock_class(type(layer))
             if stock is not None:
                 layer.__class__ = stock
+                vars(layer).pop("siblings", None)
 
     def __str__(self) -> str:
         rows = [(layer.name, layer.kind, Route(layer.path, layer.reason)) for layer in self.layers]
@@ -194,6 +196,7 @@ def _cover(root: nn.Module, part: nn.Module) -> None:
             continue
         layer.__class__ = ours
         _optimized[root].add(layer)
+    join_siblings(part)
 
 
 # ---- layers that come later -----------------------------------------------------------------------------------------

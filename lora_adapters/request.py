@@ -62,6 +62,7 @@ class AttachRequest:
         modules_to_save: names of modules to train and save whole; None lets the backend name a new task head.
         seed: makes lora_A's initial values, together with each module's name; None takes torch's current seed.
         dtype: dtype of the adapter's parameters; None means float32 (float64 on a float64 base).
+        fused: "auto", fast forwards wherever they are exact, or False, PEFT's forward everywhere.
         exact: full module name -> (rank, alpha), instead of targets: what a checkpoint says.
         peft_fields: LoraConfig fields given by their own names.
     """
@@ -78,6 +79,7 @@ class AttachRequest:
     modules_to_save: tuple[str, ...] | None = None
     seed: int | None = None
     dtype: Any = None
+    fused: Any = "auto"
     exact: Mapping[str, tuple[int, float]] | None = None
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -174,6 +176,13 @@ def check_alpha(value: Any, where: str = "alpha") -> float:
     return value
 
 
+def check_fused(value: Any) -> Any:
+    """Return "auto" or False, else raise RequestError."""
+    if value is not False and value != "auto":
+        raise RequestError(f"fused must be 'auto' or False, got {value!r}.")
+    return value
+
+
 def check_pattern(pattern: str) -> re.Pattern[str]:
     """Compile a user's regular expression, else raise RequestError."""
     try:
@@ -198,6 +207,7 @@ def _normalise(values: dict[str, Any]) -> dict[str, Any]:
         dropout = values["dropout"]
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise RequestError(f"dropout must be in [0, 1), got {dropout!r}.")
+    check_fused(values.get("fused", "auto"))
     name = values.get("adapter_name", "default")
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name.startswith("lora_"):
         raise RequestError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,17 @@ def _name_of(base: nn.Module) -> str | None:
 
 
 def restore_adapter(
-    base: nn.Module, peft_model: PeftModel | None, path: str | Path, name: str, revision: str | None
+    base: nn.Module,
+    peft_model: PeftModel | None,
+    path: str | Path,
+    name: str,
+    revision: str | None,
+    fused: Any = "auto",
 ) -> tuple[PeftModel, AttachPlan, Changes]:
     """Attach a saved adapter to `base`; see `lora_adapters.restore`."""
     file = inspect_adapter(resolve_adapter_path(path, revision))
     plan = checked_plan(base, file, name)
+    plan = replace(plan, request=replace(plan.request, fused=fused))
     tensors = read_adapter(file)
     check_copies(file, tensors, {module: _dense(base, module) for module in file.copies.values()})
     values = {key: tensor for key, tensor in tensors.items() if key not in file.copies}

@@ -63,7 +63,11 @@ def _rows(model: type[Section]) -> dict[tuple[str, ...], list[str]]:
 def _default(field: Any) -> str:
     if field.is_required():
         return "needed"
-    return "" if field.default is None else f"`{emit([field.default])[2:].strip()}`"
+    return "" if field.default is None else _as_yaml(field.default)
+
+
+def _as_yaml(value: Any) -> str:
+    return f"`{emit([value])[2:].strip()}`"
 
 
 def _description(field: Any) -> str:
@@ -77,7 +81,7 @@ def _values(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_values(one, metadata) for one in arguments if one is not type(None))
     if origin is Literal:
-        return ", ".join(f"`{one}`" for one in arguments)
+        return ", ".join(_as_yaml(one) for one in arguments)
     if origin is list:
         return f"list of {_several(arguments[0])}"
     if origin is dict:

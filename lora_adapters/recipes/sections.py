@@ -59,6 +59,8 @@ class AdapterSection(Section):
     """Weight-decomposed LoRA (PEFT's `use_dora`)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (PEFT's `use_rslora`)."""
+    fused: Literal["auto", False] = "auto"
+    """"auto" computes each layer in the fastest way that is exact; false runs PEFT's own forward everywhere."""
 
 
 class TrainingSection(Section):

@@ -17,11 +17,11 @@ def _general(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
-def adapted(plan: AttachPlan, fallbacks: Mapping[str, str]) -> list[AdaptedGroup]:
-    """Return the layers to adapt; `fallbacks` is module name -> what runs it instead of this package."""
+def adapted(plan: AttachPlan, run_by: Mapping[str, str]) -> list[AdaptedGroup]:
+    """Return the layers to adapt; `run_by` is module name -> what runs it, empty before they are attached."""
     groups: dict[tuple, AdaptedGroup] = {}
     for layer in plan.layers:
-        by = fallbacks.get(layer.name) or ("PEFT's injection" if layer.engine == "peft" else "this package")
+        by = run_by.get(layer.name) or ("PEFT's injection" if layer.engine == "peft" else "this package")
         key = (layer.role, _general(layer.name), layer.shape, layer.rank, layer.scaling, layer.format, by)
         if key not in groups:
             shape = list(layer.shape)

@@ -12,16 +12,20 @@ from rich.table import Table
 
 from ..budget import format_size
 from .plan_groups import adapted, skipped
+from .route_table import PATHS, routes_table
 
 if TYPE_CHECKING:
     from ..attach_plan import AttachPlan
+    from .route_table import ChosenRoute
 
 
-def render(plan: AttachPlan, fallbacks: Mapping[str, str] | None = None, width: int = 120) -> str:
-    """Return the plan as text: what is adapted, by which layer, what is skipped and why."""
+def render(plan: AttachPlan, routes: Mapping[str, ChosenRoute] | None = None, width: int = 120) -> str:
+    """Return the plan as text: what is adapted, how it computes if it is attached (`routes`), what is skipped and why."""
     console = Console(file=StringIO(), width=width, no_color=True, highlight=False)
     console.print(_headline(plan), markup=False)
-    console.print(_layers_table(plan, fallbacks or {}))
+    console.print(_layers_table(plan, routes or {}))
+    if routes:
+        console.print(routes_table((layer.name, layer.kind, routes[layer.name]) for layer in plan.layers))
     if plan.skipped:
         console.print(_skipped_table(plan))
     if plan.trained:
@@ -41,11 +45,11 @@ def _headline(plan: AttachPlan) -> str:
     )
 
 
-def _layers_table(plan: AttachPlan, fallbacks: Mapping[str, str]) -> Table:
+def _layers_table(plan: AttachPlan, routes: Mapping[str, ChosenRoute]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("role", "layers", "count", "shape", "rank", "scale", "base", "base size", "run by"):
         table.add_column(column, justify="right" if column in ("count", "rank", "scale", "base size") else "left")
-    for group in adapted(plan, fallbacks):
+    for group in adapted(plan, {name: PATHS[route.path] for name, route in routes.items()}):
         table.add_row(
             group.role,
             group.name,

@@ -20,11 +20,21 @@ PATHS = {
 }
 
 
-class _Route(Protocol):
+_FAST = ("merged", "split", "beside")
+
+
+class ChosenRoute(Protocol):
+    """`lora_adapters.layers.routes.Route`, which imports torch."""
+
     @property
-    def path(self) -> str: ...
+    def path(self) -> str: ...  # noqa: D102
     @property
-    def reason(self) -> str: ...
+    def reason(self) -> str: ...  # noqa: D102
+
+
+def as_words(chosen: ChosenRoute) -> str:
+    """Return a route as text, with its reason if it is none of the fast ones: "split", "left to PEFT: merged"."""
+    return PATHS[chosen.path] + ("" if chosen.path in _FAST else f": {chosen.reason}")
 
 
 def count_routes(counts: Mapping[str, int]) -> str:
@@ -32,7 +42,7 @@ def count_routes(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts[path]} {words}" for path, words in PATHS.items() if counts.get(path))
 
 
-def routes_table(rows: Iterable[tuple[str, str, _Route]]) -> Table:
+def routes_table(rows: Iterable[tuple[str, str, ChosenRoute]]) -> Table:
     """Return a table of (layer's name, its kind, its route), one row for each route and kind, with a layer as example."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, kind, chosen in rows:
@@ -46,7 +56,7 @@ def routes_table(rows: Iterable[tuple[str, str, _Route]]) -> Table:
     return table
 
 
-def render_routes(rows: Iterable[tuple[str, str, _Route]], width: int = 120) -> str:
+def render_routes(rows: Iterable[tuple[str, str, ChosenRoute]], width: int = 120) -> str:
     """Return `routes_table` as text."""
     console = Console(file=StringIO(), width=width, no_color=True, highlight=False)
     console.print(routes_table(rows))

@@ -11,9 +11,10 @@ import torch
 from ..budget import format_shape, format_size
 from ..errors import RequestError, UnsupportedError
 from ..free_memory import free_memory
-from ..inject import fallbacks
+from ..inject import routes
 from ..report.facts import DataFacts
 from ..report.plan_groups import adapted, skipped
+from ..report.route_table import as_words
 from .runner import Run, Runner
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def record_memory(run: Run, runner: Runner, plan: AttachPlan, device: torch.devi
 def record_adapter(run: Run, adapter: Adapter) -> None:
     """Record and tell what was adapted, what was not, and what is trained."""
     plan, facts = adapter.plan, run.facts
-    facts.adapted, facts.skipped = adapted(plan, fallbacks(adapter.base, plan)), skipped(plan)
+    ways = {name: as_words(route) for name, route in routes(adapter.base, plan).items()}
+    facts.adapted, facts.skipped = adapted(plan, ways), skipped(plan)
     facts.trained = list(plan.trained)
     facts.notes += [note for note in plan.notes if note not in facts.notes]
     facts.trainable_parameters, facts.total_parameters = plan.trainable_parameters, plan.total_parameters
