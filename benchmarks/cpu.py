@@ -103,11 +103,12 @@ MODELS: dict[str, Callable[[str], tuple[Any, dict[str, Any]]]] = {"llm": llm, "v
 
 def variants(name: str, model: Any, base: str, rank: int) -> dict[str, Any]:
     """Return the models to compare, each with weights of its own: the frozen base, PEFT's and ours."""
-    import lora_adapters
     import torch
+    from peft import LoraConfig, get_peft_model
+
+    import lora_adapters
     from lora_adapters.weights import quantize_modules, quantizer_for
     from lora_adapters.weights.marking import mark_quantized
-    from peft import LoraConfig, get_peft_model
 
     if name == "unet":
         names = [n for n, _ in model.named_modules() if n.endswith(UNET_NAMES)]
@@ -141,9 +142,10 @@ def variants(name: str, model: Any, base: str, rank: int) -> dict[str, Any]:
 
 
 def reclassed(model: Any) -> Any:
-    """Turn stock PEFT's layers into ours. (`attach` refuses a diffusers model's attention until there is a backend for it.)"""
-    from lora_adapters.layers import bnb, conv, linear
+    """Turn stock PEFT's layers into ours. (`attach` needs a backend to adapt a diffusers model's attention.)"""
     from peft.tuners import lora
+
+    from lora_adapters.layers import bnb, conv, linear
 
     ours = {lora.Linear: linear.Linear, lora.Conv2d: conv.Conv2d, lora.Linear4bit: bnb.Linear4bit}
     for module in model.modules():

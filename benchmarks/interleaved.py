@@ -33,14 +33,14 @@ def ratio(rounds: Sequence[Mapping[str, float]], name: str, other: str) -> float
     return statistics.median(times[name] / times[other] for times in rounds)
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return rows with the same keys as a markdown table; numbers with two decimals, or one from 100 up."""
+def table(rows: Sequence[Mapping[str, object]], digits: int = 2) -> str:
+    """Return rows with the same keys as a markdown table; numbers with so many decimals, or one from 100 up."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(_text(value) for value in row.values()) + " |" for row in rows]
+    lines += ["| " + " | ".join(_text(value, digits) for value in row.values()) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _text(value: object) -> str:
+def _text(value: object, digits: int) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+        return f"{value:.1f}" if value >= 100 else f"{value:.{digits}f}"
     return "" if value is None else str(value)

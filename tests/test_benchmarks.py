@@ -1,0 +1,84 @@
+"""The benchmarks run and report what they say they do. Sizes are tiny here, so no number is judged."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def assert_ratio(value) -> None:
+    assert isinstance(value, float)
+    assert math.isfinite(value)
+    assert value > 0
+
+
+@pytest.mark.parametrize("isa", ["native", "avx2"])
+def test_cpu(isa):
+    done = run("cpu.py", "--size", "tiny", "--rounds", "2", "--models", "llm", "vit", "--isa", isa, "--json")
+    rows = json.loads(done.stdout)
+    assert [(row["model"], row["weights"]) for row in rows] == [
+        ("llm", "fp32"),
+        ("llm", "nf4"),
+        ("vit", "fp32"),
+        ("vit", "nf4"),
+    ]
+    for row in rows:
+        assert isa == "native" or row["cpu"] == "AVX2"
+        for key in ("ours / PEFT", "ours / base", "memory ours / PEFT", "base ms"):
+            assert_ratio(row[key])
+
+
+def test_cpu_unet():
+    (row,) = json.loads(
+        run(
+            "cpu.py",
+            "--size",
+            "tiny",
+            "--rounds",
+            "2",
+            "--models",
+            "unet",
+            "--bases",
+            "nf4",
+            "--isa",
+            "native",
+            "--json",
+        ).stdout
+    )
+    if "skipped" in row:
+        pytest.skip(row["skipped"])
+    assert_ratio(row["ours / PEFT"])
+
+
+def test_layers(tmp_path):
+    table = tmp_path / "layers.md"
+    done = run("layers.py", "--tiny", "--rounds", "2", "--device", "cpu", "--markdown", str(table), "--json")
+    rows = json.loads(done.stdout)
+    seen = {(row["layer"].split()[0], row["weights"]) for row in rows}
+    assert seen == {("linear", "bf16"), ("linear", "nf4"), ("conv", "bf16"), ("conv", "nf4"), ("embedding", "bf16")}
+    for row in rows:
+        assert_ratio(row["forward ms"])
+        assert_ratio(row["alone ms"])
+        if not row["layer"].startswith("embedding"):
+            assert_ratio(row["/ product"])
+            assert_ratio(row["/ dX product"])
+    variants = {row["variant"] for row in rows if row["layer"].startswith("linear")}
+    assert {"product", "base", "PEFT, fp32 adapters, autocast", "ours, fp32 adapters, autocast"} <= variants
+    text = table.read_text()
+    assert text.count("\n| ") == len(rows) + 1
