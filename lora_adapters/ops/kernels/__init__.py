@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import RequestError
+from ...weights.primitives import FLOATS
 
 if TYPE_CHECKING:
     from .dequant_merge import dequantize_merge
@@ -31,8 +32,8 @@ _ANSWERS: dict[torch.device, bool] = {}
 _HOMES = {"dequantize_merge": "dequant_merge", "down": "lowrank", "down_grad": "lowrank", "up_grads": "lowrank"}
 
 
-def available(device: torch.device) -> bool:
-    """Return whether the functions of this package take tensors of this device.
+def available(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Return whether the functions of this package take tensors of this device, and of these dtypes if any are given.
 
     The answer is found once for each device, which imports triton if it is True; from then on it costs nothing, in
     compiled code too. (The first call must not be made by compiled code: torch.compile does not trace imports.)
@@ -40,7 +41,7 @@ def available(device: torch.device) -> bool:
     answer = _ANSWERS.get(device)
     if answer is None:
         answer = _ANSWERS[device] = _decide(device)
-    return answer
+    return answer and all(dtype in FLOATS for dtype in dtypes)
 
 
 def _decide(device: torch.device) -> bool:

@@ -251,8 +251,9 @@ def dequantize_merge(
     """
     primitives.check_settings(quant_type, blocksize)
     out, inn = shape
-    if dtype not in primitives.FLOATS:
-        raise RequestError(f"The effective weight can be fp32, bf16 or fp16, not {dtype}.")
+    for kind in (dtype, *(factor.dtype for factor in (a, b) if factor is not None)):
+        if kind not in primitives.FLOATS:
+            raise RequestError(f"The effective weight and its factors can be fp32, bf16 or fp16, not {kind}.")
     if packed.numel() * packed.element_size() < (out * inn + 1) // 2:
         raise RequestError(
             f"{packed.numel() * packed.element_size()} packed bytes are too few for {out} x {inn} values."

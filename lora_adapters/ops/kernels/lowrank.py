@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from ...errors import RequestError
+from ...weights.primitives import FLOATS
 from .launching import DeviceFacts, block_of, ceil_div, facts, register, start, unit_stride, written
 from .partial_sums import sum_parts
 
@@ -385,11 +386,14 @@ _down_grad = register(
 )
 
 
-def _check_fit(fits: bool, **operands: torch.Tensor) -> None:
-    """Raise RequestError with the operands' shapes: a kernel would read past the end of one."""
-    if not fits:
+def _check(fit: bool, **operands: torch.Tensor) -> None:
+    """Raise RequestError with the operands' shapes or dtypes: a kernel would read past an end, or in less precision."""
+    if not fit:
         shapes = ", ".join(f"{name} {tuple(operand.shape)}" for name, operand in operands.items())
         raise RequestError(f"The operands of this product don't fit together: {shapes}.")
+    if any(operand.dtype not in FLOATS for operand in operands.values()):
+        dtypes = ", ".join(f"{name} {operand.dtype}" for name, operand in operands.items())
+        raise RequestError(f"The kernels multiply fp32, bf16 and fp16, not {dtypes}: ask available(device, dtype).")
 
 
 def down(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -407,9 +411,9 @@ def down(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         (T, R) of `dtype`, contiguous.
 
     Raises:
-        RequestError: the shapes don't fit together.
+        RequestError: the shapes don't fit together, or a dtype is another one.
     """
-    _check_fit(x.shape[1] == a.shape[1], x=x, a=a)
+    _check(x.shape[1] == a.shape[1], x=x, a=a)
     return _down(x, a, 1.0, dtype)
 
 
@@ -426,9 +430,9 @@ def up_grads(dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float)
         dh = scaling * dy @ b, (T, R) in h's dtype, and db = scaling * dy^T @ h, (out, R) in fp32. Both contiguous.
 
     Raises:
-        RequestError: the shapes don't fit together.
+        RequestError: the shapes don't fit together, or a dtype is another one.
     """
-    _check_fit(dy.shape == (h.shape[0], b.shape[0]) and h.shape[1] == b.shape[1], dy=dy, h=h, b=b)
+    _check(dy.shape == (h.shape[0], b.shape[0]) and h.shape[1] == b.shape[1], dy=dy, h=h, b=b)
     return _up_grads(dy, h, b, scaling)
 
 
@@ -443,7 +447,7 @@ def down_grad(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         (R, inn) in fp32, contiguous.
 
     Raises:
-        RequestError: the shapes don't fit together.
+        RequestError: the shapes don't fit together, or a dtype is another one.
     """
-    _check_fit(dh.shape[0] == x.shape[0], dh=dh, x=x)
+    _check(dh.shape[0] == x.shape[0], dh=dh, x=x)
     return _down_grad(dh, x, 1.0)

@@ -138,6 +138,8 @@ def test_what_does_not_fit_is_refused(device):
             weight.kernel(*wrong, 1.0, torch.float32)
     with pytest.raises(RequestError, match="int32"):
         weight.kernel(a, b, 1.0, torch.int32)
+    with pytest.raises(RequestError, match="float64"):
+        weight.kernel(a.double(), b, 1.0, torch.float32)
     weight.state.absmax = weight.state.absmax[:15]
     with pytest.raises(RequestError, match="block maxima"):
         weight.kernel(a, b, 1.0, torch.float32)

@@ -164,6 +164,10 @@ def test_what_does_not_fit_is_refused(device):
             kernels.up_grads(*wrong, 1.0)
     with pytest.raises(RequestError, match="dh"):
         kernels.down_grad(h[:8], x)
+    with pytest.raises(RequestError, match="float64"):
+        kernels.down(x.double(), a, F32)
+    assert kernels.available(device, F32, BF16, F16)
+    assert not kernels.available(device, F32, torch.float64)
 
 
 @pytest.mark.gpu
