@@ -29,6 +29,7 @@ from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
 from .layers.fused import FusedForward
+from .layers.groups import join_siblings
 from .layers.optimized import stock_class
 from .layers.routes import Route, route
 from .naming import patterns_for, target_modules_for
@@ -104,6 +105,7 @@ def _apply(
         _choose_forwards(model, plan)
         if fused:
             keep_called(model)
+        join_siblings(model)
         if load is not None:
             load(result)
         verify(model, plan, result, initialise)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ..ops.autocast import autocast_dtype
 from ..ops.conv import Geometry, Layer, lora_conv
@@ -16,6 +17,7 @@ from ..weights import primitives, store_for
 from ..weights.conv4bit import with_padding
 from ..weights.dense import is_transposed
 from .conv_parts import SharedConv1d, SharedConv2d
+from .groups import SiblingGroup
 from .routes import PLAIN_TENSORS, Route, active, base_route, why_parent
 
 _interpreter_stack: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
@@ -44,13 +46,18 @@ class FusedForward(nn.Module):
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return what PEFT's layer returns for the same arguments."""
-        if self.fused and not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            names = active(self)
-            if names and not why_parent(self, names) and not self._why_not(x, names):
-                y = self._fused_forward(x, names)
-                if y is not None:
-                    return y
+        if not (args or kwargs) and (names := self.ready_names(x)):
+            y = self._fused_forward(x, names)
+            if y is not None:
+                return y
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def ready_names(self: Any, x: torch.Tensor) -> list[str]:
+        """Return the active adapters if they can be computed here for x, nothing where only PEFT's forward is exact."""
+        if not self.fused or self._disable_adapters or self.merged_adapters:
+            return []
+        names = active(self)
+        return [] if not names or why_parent(self, names) or self._why_not(x, names) else names
 
     def parts(self: Any, name: str) -> list[Any]:
         """Return what PEFT's forward uses of one adapter: A, B and its dropout."""
@@ -66,12 +73,18 @@ class FusedForward(nn.Module):
         """Return what about this very call only PEFT's forward does, "" if nothing."""
         if type(x) not in PLAIN_TENSORS:
             return f"the input is a {type(x).__name__}"
+        if x.layout is not torch.strided or x.is_nested or x.is_complex():
+            return "the input is sparse, nested or complex"
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 return "the model is being exported"
             return "the compiler draws and keeps dropout's masks itself" if self._dropouts(names) else ""
         if _interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return "a transform of torch.func, or torch.jit, looks at each operation"
+        if forward_ad._current_level >= 0:
+            return "derivatives are taken forward"
+        if x.device.type not in ("cpu", "cuda", "meta") and self._dropouts(names):
+            return f"dropout's random numbers on {x.device.type} can't be drawn again"
         return ""
 
     def _dropouts(self: Any, names: list[str]) -> tuple[float, ...]:
@@ -80,10 +93,12 @@ class FusedForward(nn.Module):
         probabilities = tuple(float(d.p) if type(d) is nn.Dropout and d.training else 0.0 for d in layers)
         return probabilities if any(probabilities) else ()
 
-    def _factors(self: Any, names: list[str]) -> list[torch.Tensor]:
+    def factor_tensors(self: Any, names: list[str]) -> list[torch.Tensor]:
+        """Return A and B of every adapter, in order."""
         return [part._parameters["weight"] for name in names for part in self.parts(name)[:2]]
 
-    def _scalings(self: Any, names: list[str]) -> tuple[float, ...]:
+    def scalings(self: Any, names: list[str]) -> tuple[float, ...]:
+        """Return each adapter's factor."""
         return tuple(self.scaling[name] for name in names)
 
     def _own_bias(self: Any, names: list[str]) -> torch.Tensor | None:
@@ -96,29 +111,65 @@ class FusedForward(nn.Module):
         return total
 
 
-class FusedLinear(FusedForward):
-    """Linear layers, dense or in any format."""
+class Prepared(NamedTuple):
+    """A call of a linear layer, ready for `lora_linear`."""
 
-    def _fused_forward(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+    member: Member
+    addend: torch.Tensor | None
+    factors: list[torch.Tensor]
+    dtypes: Dtypes
+
+
+class FusedLinear(FusedForward):
+    """Linear layers, dense or in any format.
+
+    Attributes:
+        siblings: the group of layers with which it may share its input, or None.
+    """
+
+    siblings: SiblingGroup | None = None
+
+    def _fused_forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        # Without gradients nothing is saved by computing together; compiled code joins what it can by itself.
+        if self.siblings is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.alone(x, names)
+        return self.siblings.call(self, x, names)
+
+    def alone(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        """Return the layer's output for x, None where only PEFT's forward is exact."""
+        call = self.prepare(x, names)
+        if call is None:
+            return self._beside(x, names)
+        return lora_linear(x, (call.member,), (call.addend,), call.factors, call.dtypes)[0]
+
+    def prepare(self: Any, x: torch.Tensor, names: list[str]) -> Prepared | None:
+        """Return the arguments of `lora_linear` for x, None if the base module has to be called."""
         base = self._modules["base_layer"]
-        auto = autocast_dtype(x.device.type)
-        factors, scalings, dropouts = self._factors(names), self._scalings(names), self._dropouts(names)
-        low = auto or factors[0].dtype
-        if auto is not None and x.dtype not in (torch.float32, auto):
+        auto, chosen = autocast_dtype(x.device.type), base_route(base)
+        if chosen.reads == "4bit" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]:
             return None
-        chosen, bias = base_route(base), self._own_bias(names)
-        few = chosen.reads == "4bit" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
-        read = None if few else frozen_linear(base, chosen, x, auto)
+        read = (
+            None if auto is not None and x.dtype not in (torch.float32, auto) else frozen_linear(base, chosen, x, auto)
+        )
         if read is None:
-            result = base(x)
-            member = Member(None, False, scalings, result.dtype, dropouts)
-            addend = result if bias is None else (result + bias).to(result.dtype)
-            return lora_linear(x, [member], [addend], factors, Dtypes(low, low))[0]
+            return None
         weight, compute, output = read
+        factors, dropouts, bias = self.factor_tensors(names), self._dropouts(names), self._own_bias(names)
         own = base._parameters["bias"]
         addend = own if bias is None else bias if own is None else own + bias
-        member = Member(weight, chosen.path == "merged" and not dropouts, scalings, output, dropouts)
-        return lora_linear(x, [member], [addend], factors, Dtypes(compute, low))[0]
+        merged = chosen.path == "merged" and not dropouts
+        member = Member(weight, merged, self.scalings(names), output, dropouts)
+        return Prepared(member, addend, factors, Dtypes(compute, auto or factors[0].dtype))
+
+    def _beside(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        auto = autocast_dtype(x.device.type)
+        if auto is not None and x.dtype not in (torch.float32, auto):
+            return None
+        result, bias, factors = self._modules["base_layer"](x), self._own_bias(names), self.factor_tensors(names)
+        member = Member(None, False, self.scalings(names), result.dtype, self._dropouts(names))
+        addend = result if bias is None else (result + bias).to(result.dtype)
+        low = auto or factors[0].dtype
+        return lora_linear(x, (member,), (addend,), factors, Dtypes(low, low))[0]
 
 
 def frozen_linear(
@@ -139,7 +190,7 @@ def frozen_linear(
             base.compute_type_is_set = True
         packed, state = base._parameters["weight"], base._parameters["weight"].quant_state
         nested, shape = primitives.nested_of(state), torch.Size((base.out_features, base.in_features))
-        weight = Packed(packed.data, state.absmax, state.code, nested, state.blocksize, state.quant_type, shape)
+        weight = Packed(packed.detach(), state.absmax, state.code, nested, state.blocksize, state.quant_type, shape)
         return weight, base.compute_dtype or x.dtype, x.dtype
     if chosen.reads == "store" and auto is None and (store := store_for(base)) is not None and store.dtype == x.dtype:
         return Stored(store), x.dtype, x.dtype
@@ -168,7 +219,7 @@ class FusedConv(FusedForward):
     def _fused_forward(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         base: Any = self._modules["base_layer"]
         auto = autocast_dtype(x.device.type)
-        factors, scalings, dropouts = self._factors(names), self._scalings(names), self._dropouts(names)
+        factors, scalings, dropouts = self.factor_tensors(names), self.scalings(names), self._dropouts(names)
         low = auto or factors[0].dtype
         if (auto is not None and x.dtype not in (torch.float32, auto)) or x.dim() != factors[0].dim():
             return None
@@ -237,7 +288,8 @@ class FusedEmbedding(FusedForward):
             return "the adapter is spread over devices (tensor parallelism)"
         return ""
 
-    def _factors(self: Any, names: list[str]) -> list[torch.Tensor]:
+    def factor_tensors(self: Any, names: list[str]) -> list[torch.Tensor]:
+        """Return A and B of every adapter, in order."""
         return [part for name in names for part in self.parts(name)]
 
     def _dropouts(self, names: list[str]) -> tuple[float, ...]:
@@ -245,7 +297,7 @@ class FusedEmbedding(FusedForward):
 
     def _fused_forward(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         base: Any = self._modules["base_layer"]
-        result, factors = base(x), self._factors(names)
+        result, factors = base(x), self.factor_tensors(names)
         low = autocast_dtype(result.device.type) or factors[0].dtype
-        y = lora_embedding(result, x, factors, self._scalings(names), low, self.get_base_layer().padding_idx)
+        y = lora_embedding(result, x, factors, self.scalings(names), low, self.get_base_layer().padding_idx)
         return y.to(result.dtype)
