@@ -18,9 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 
-from ..weights import store_for
+from ..weights import primitives, store_for
 from ..weights.conv4bit import Conv4bit
-from ..weights.dense import DENSE_DTYPES
+from ..weights.dense import DENSE_DTYPES, DenseStore
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ def route(layer: Any) -> Route:
 
 def why_parent(layer: Any, names: list[str]) -> str:
     """Return why only PEFT's forward is exact for these adapters, "" if they are plain LoRA."""
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+    if (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ):
         return "a hook is registered on all modules"
     if not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting of inputs is switched off"
@@ -78,19 +83,29 @@ def why_parent(layer: Any, names: list[str]) -> str:
             return f"PEFT's {type(layer.lora_variant[name]).__name__}"
         if type(layer.scaling[name]) not in (float, int):
             return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
-        for part in layer.parts(name):
+        a, b, *dropouts = layer.parts(name)
+        for part in dropouts:
+            if is_observed(part):
+                return f"the adapter's {type(part).__name__} has hooks or a forward put on it"
+            if type(part) is not nn.Identity and (type(part) is not nn.Dropout or part.inplace):
+                return f"the adapter's dropout is a {part}"
+        for part in (a, b):
             if isinstance(part, nn.Module):
                 if is_observed(part):
                     return f"the adapter's {type(part).__name__} has hooks or a forward put on it"
                 if type(part) not in layer.plain_parts:
                     return f"the adapter holds a {type(part).__name__}"
+                bias = part._parameters.get("bias")
+                if bias is not None and (part is a or type(bias) not in PLAIN_TENSORS):
+                    return "lora_A has a bias" if part is a else f"lora_B's bias is a {type(bias).__name__}"
                 part = part._parameters.get("weight")
-            if part is not None:
-                if type(part) not in PLAIN_TENSORS:
-                    return f"an adapter weight is a {type(part).__name__}"
-                if dtype not in (None, part.dtype):
-                    return "adapters of different dtypes"
-                dtype = part.dtype
+            if part is None:
+                return "an adapter weight is not among its module's parameters"
+            if type(part) not in PLAIN_TENSORS:
+                return f"an adapter weight is a {type(part).__name__}"
+            if dtype not in (None, part.dtype):
+                return "adapters of different dtypes"
+            dtype = part.dtype
     return layer.why_not_exact(names)
 
 
@@ -112,17 +127,34 @@ def base_route(base: nn.Module) -> Route:
     kind = _kind(type(base))
     if kind == "rows":
         return _GATHERED
+    if kind == "own":
+        return _OWN_FORWARD
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", _MISSING)
+    if bias is not None and type(bias) not in PLAIN_TENSORS:
+        return _NOT_PLAIN
     if kind == "dense":
-        weight = base._parameters.get("weight")
-        if weight is None or type(weight) not in PLAIN_TENSORS or weight.dtype not in DENSE_DTYPES:
+        if type(weight) not in PLAIN_TENSORS or weight.dtype not in DENSE_DTYPES:
             return _NOT_PLAIN
         return _TRAINED if weight.requires_grad else _SPLIT
     if kind == "4bit":
-        weight = base._parameters["weight"]
-        known = isinstance(base, Conv4bit) or getattr(weight, "quant_state", None) is not None
         plain = type(weight) in PLAIN_TENSORS or type(weight).__name__ == "Params4bit"
-        return _MERGED if known and plain else _NOT_PLAIN
-    return _OWN_FORWARD if kind == "own" or store_for(base) is None else _STORED
+        return _MERGED if plain and _is_packed_plainly(base, weight) else _NOT_PLAIN
+    store = store_for(base)
+    return _OWN_FORWARD if store is None or isinstance(store, DenseStore) else _STORED
+
+
+def _is_packed_plainly(base: Any, weight: Any) -> bool:
+    """Return True if a 4-bit weight is packed row by row, as `ops.frozen.Packed` reads it."""
+    if isinstance(base, Conv4bit):
+        return True
+    state = getattr(weight, "quant_state", None)
+    return (
+        state is not None
+        and tuple(state.shape) == (base.out_features, base.in_features)
+        # bitsandbytes repacks a weight in eval mode on some CPUs.
+        and not getattr(state, "packing_format_for_cpu", False)
+        and (state.state2 is None or state.state2.blocksize == primitives.NESTED_BLOCKSIZE)
+    )
 
 
 _KINDS: dict[type[nn.Module], str] = {}
@@ -137,12 +169,15 @@ def _kind(cls: type[nn.Module]) -> str:
 
 
 def _find_kind(cls: type[nn.Module]) -> str:
-    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
-        return "dense"
-    if cls.__name__ == "NonDynamicallyQuantizableLinear":
+    if cls.__name__ == "NonDynamicallyQuantizableLinear" or any(getattr(cls, m) is not f for m, f in _MODULE.items()):
         return "own"
     if issubclass(cls, nn.Embedding):
         return "rows"
+    # A class attribute of this name would hide the parameter from forward.
+    if any(name in vars(c) for c in cls.__mro__ for name in ("weight", "bias")):
+        return "own"
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return "dense"
     if issubclass(cls, Conv4bit):
         return "4bit" if cls.forward is Conv4bit.forward else "own"
     if any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in cls.__mro__):
@@ -151,14 +186,19 @@ def _find_kind(cls: type[nn.Module]) -> str:
         from ..weights.linear4bit import Linear4bit as Mended
 
         return "4bit" if cls.forward in (Linear4bit.forward, Mended.forward) else "own"
+    if any(c.__module__.startswith("bitsandbytes") for c in cls.__mro__):
+        return "own"  # INT8 rounds its input too, on some devices
     for base, methods in _PLAIN.items():
-        if issubclass(cls, base):
-            return "dense" if all(getattr(cls, m) is getattr(base, m) for m in methods) else ""
-    return "own" if cls.__module__.startswith("bitsandbytes") else ""
+        if issubclass(cls, base) and all(getattr(cls, m) is f for m, f in methods.items()):
+            return "dense"
+    return ""
 
 
-_PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("forward",),
-    nn.Conv1d: ("forward", "_conv_forward"),
-    nn.Conv2d: ("forward", "_conv_forward"),
+#: What torch's classes do: a class, or a patch of torch, that does something else is noticed.
+_PLAIN: dict[type[nn.Module], dict[str, Any]] = {
+    nn.Linear: {"forward": nn.Linear.forward},
+    nn.Conv1d: {"forward": nn.Conv1d.forward, "_conv_forward": nn.Conv1d._conv_forward},
+    nn.Conv2d: {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward},
 }
+_MODULE: dict[str, Any] = {m: getattr(nn.Module, m) for m in ("__call__", "_call_impl", "__getattr__")}
+_MISSING = object()

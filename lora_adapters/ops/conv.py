@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .autocast import no_autocast
-from .dropout import noises, random_state
+from .dropout import draw_masks
 from .factors import Stack
 from .frozen import FrozenWeight
 from .linear import Dtypes
@@ -99,7 +99,7 @@ class _Conv(torch.autograd.Function):
         kept: torch.Tensor | None,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.layer, ctx.dtypes, ctx.dtype, ctx.state = layer, dtypes, x.dtype, None
+        ctx.layer, ctx.dtypes, ctx.dtype, ctx.draw = layer, dtypes, x.dtype, None
         ctx.addend_dtype = None if addend is None else addend.dtype
         with no_autocast(x.device.type):
             if dtypes.low == dtypes.base and x.element_size() > dtypes.base.itemsize:
@@ -115,8 +115,7 @@ class _Conv(torch.autograd.Function):
             else:
                 masks: Sequence[torch.Tensor | None] = ()
                 if layer.dropouts:
-                    ctx.state = random_state(x.device)
-                    masks = noises(x, layer.dropouts, dtypes.low)
+                    masks, ctx.draw = draw_masks(x, layer.dropouts, dtypes.low)
                 h = _down(x, layer, stack, kernel, masks, dtypes.low)
                 if layer.weight is None:
                     assert addend is not None
@@ -138,7 +137,7 @@ class _Conv(torch.autograd.Function):
         with no_autocast(x.device.type):
             stack = Stack(factors, layer.scalings, dtypes.low)
             kernel = factors[0].shape[1:]
-            masks = noises(x, layer.dropouts, dtypes.low, ctx.state) if ctx.state is not None else ()
+            masks = ctx.draw.again() if ctx.draw is not None else ()
             if any(needs[5:]):
                 h = _down(x, layer, stack, kernel, (), dtypes.low) if h is None else h
                 low_dy = dy.to(dtypes.low)

@@ -64,6 +64,8 @@ class _Embedding(torch.autograd.Function):
             dh = (rows @ stack.b).t()
             if ctx.padding_idx is not None:
                 dh = dh * (flat != ctx.padding_idx)
-            da = torch.zeros_like(stack.a).index_add_(1, flat, dh)
+            # A row that occurs often: in 16 bits a sum of many terms stops growing.
+            wide = torch.promote_types(ctx.dtype, torch.float32)
+            da = torch.zeros_like(stack.a, dtype=wide).index_add_(1, flat, dh.to(wide))
             own = stack.gradients(da, db)
         return (dy.to(ctx.base) if ctx.needs_input_grad[0] else None, None, None, None, None, *own)

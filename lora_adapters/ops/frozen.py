@@ -109,7 +109,11 @@ class Stored(NamedTuple):
     """A weight in any other format, read through its store."""
 
     store: WeightStore
-    kept = None
+
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """The module's parameter `weight`, if it has one."""
+        return self.store.module._parameters.get("weight")
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """See FrozenWeight."""

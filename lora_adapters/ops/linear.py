@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from . import lowrank
 from .autocast import cast, no_autocast
-from .dropout import noises, random_state
+from .dropout import draw_masks
 from .factors import Stack
 from .frozen import FrozenWeight
 
@@ -95,7 +95,7 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         count = len(members)
         addends, factors = tensors[:count], tensors[count:-count]
-        ctx.members, ctx.dtypes, ctx.dtype, ctx.state = members, dtypes, x.dtype, None
+        ctx.members, ctx.dtypes, ctx.dtype, ctx.draw = members, dtypes, x.dtype, None
         ctx.addend_dtypes = [None if addend is None else addend.dtype for addend in addends]
         with no_autocast(x.device.type):
             if x.dtype is not dtypes.base and dtypes.low is dtypes.base and x.element_size() > dtypes.base.itemsize:
@@ -104,15 +104,16 @@ class _Linear(torch.autograd.Function):
             rows = x.reshape(-1, shape[-1])
             stacks = _stacks(members, factors, dtypes.low)
             if members[0].dropouts:
-                ctx.state = random_state(x.device)
-                h = _dropped_down(x, stacks[0], noises(x, members[0].dropouts, dtypes.low))
+                masks, ctx.draw = draw_masks(x, members[0].dropouts, dtypes.low)
+                h = _dropped_down(x, stacks[0], masks)
             else:
                 h = None if all(member.merged for member in members) else lowrank.down(rows, _all_a(stacks))
             mine = (None,) * count if h is None else _columns(h, stacks)
             outputs = []
             for i, member in enumerate(members):
                 y = cast(_forward(rows, member, stacks[i], addends[i], mine[i], dtypes), member.output)
-                outputs.append(y.view(*shape[:-1], y.shape[-1]))
+                # Not a view for autograd, which would forbid to write to it (an activation in place).
+                outputs.append(y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1])))
         ctx.save_for_backward(x, h, *factors, *tensors[-count:])
         return tuple(outputs)
 
@@ -127,7 +128,7 @@ class _Linear(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])
             stacks = _stacks(members, factors, dtypes.low)
             dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
-            masks = noises(x, members[0].dropouts, dtypes.low, ctx.state) if ctx.state is not None else []
+            masks = ctx.draw.again() if ctx.draw is not None else []
             own: list[torch.Tensor | None] = [None] * len(factors)
             if any(needs[3 + count : 3 + count + len(factors)]):
                 h = lowrank.down(rows, _all_a(stacks)) if h is None else h
