@@ -77,6 +77,8 @@ class OptimizeReport:
             stock = stock_class(type(layer))
             if stock is not None:
                 layer.__class__ = stock
+                for name in ("fused", "siblings"):  # what only our classes know
+                    vars(layer).pop(name, None)
                 vars(layer).pop("siblings", None)
 
     def __str__(self) -> str:

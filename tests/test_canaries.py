@@ -50,6 +50,62 @@ def test_our_layers_are_laid_out_like_pefts(spec):
     assert ours.forward is FusedForward.forward
 
 
+@pytest.mark.parametrize("kind", ["layer.Linear", "layer.Embedding", "layer.Conv1d", "layer.Conv2d"])
+def test_optimized_layers_are_laid_out_like_pefts(kind):
+    _check_layout(f"peft.tuners.lora.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_optimized_bitsandbytes_layers_are_laid_out_like_pefts(kind):
+    _check_layout(f"peft.tuners.lora.bnb.{kind}")
+
+
+def _check_layout(path):
+    from importlib import import_module
+
+    from lora_adapters.layers.optimized import optimized_class, stock_class
+
+    module, _, name = path.rpartition(".")
+    stock = getattr(import_module(module), name)
+    ours = optimized_class(stock)
+    assert (ours.__name__, stock_class(ours)) == (name, stock)
+    layer = stock.__new__(stock)
+    nn.Module.__init__(layer)
+    layer.__class__ = ours
+    layer.__class__ = stock
+    # Nothing of PEFT's is overridden but forward, by name or by accident.
+    mine = [cls for cls in ours.__mro__ if issubclass(cls, FusedForward)]
+    names = {name for cls in mine for name in vars(cls) if not name.startswith("__") and name != "_abc_impl"}
+    assert {name for name in names if hasattr(stock, name)} == {"forward"}
+
+
+def test_every_way_to_add_layers_ends_in_one_method(monkeypatch, tmp_path):
+    """`optimize` covers later adapters by wrapping it."""
+    from peft import PeftModel, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTuner
+
+    got = []
+    stock = BaseTuner.inject_adapter
+    monkeypatch.setattr(
+        BaseTuner, "inject_adapter", lambda self, model, *a, **k: (stock(self, model, *a, **k), got.append(model))[0]
+    )
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    model = get_peft_model(llama(), config)
+    model.add_adapter("second", config)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "third")
+    assert got == [model.get_base_model()] * 4
+    got.clear()
+    base = llama()
+    inject_adapter_in_model(config, base)
+    assert got == [base]
+    got.clear()
+    base = llama()
+    PeftModel.from_pretrained(base, str(tmp_path))
+    assert got == [base]
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "conv", "embedding"])
 def test_our_layers_carry_every_attribute_that_pefts_carry(targets):
     theirs, ours = net(width=32), net(width=32)
