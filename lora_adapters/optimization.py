@@ -74,12 +74,12 @@ class OptimizeReport:
         if model is None:
             return
         for layer in {*model.modules(), *_optimized.pop(model, ())}:
+            vars(layer).pop("siblings", None)  # a group may hold layers that leave it now
             stock = stock_class(type(layer))
             if stock is not None:
                 layer.__class__ = stock
-                for name in ("fused", "siblings"):  # what only our classes know
-                    vars(layer).pop(name, None)
-                vars(layer).pop("siblings", None)
+                vars(layer).pop("fused", None)
+        join_siblings(model)
 
     def __str__(self) -> str:
         rows = [(layer.name, layer.kind, Route(layer.path, layer.reason)) for layer in self.layers]
@@ -192,13 +192,16 @@ def _why_left(layer: Any, inside_attention: bool) -> str:
 def _cover(root: nn.Module, part: nn.Module) -> None:
     """Give a fast forward to the layers of `part` that belong to the optimized model `root`."""
     own = None if part is root else {id(module) for module in root.modules()}
+    changed = False
     for _, layer, inside in _layers(part):
         ours = optimized_class(type(layer))
         if ours is None or _why_left(layer, inside) or (own is not None and id(layer) not in own):
             continue
         layer.__class__ = ours
         _optimized[root].add(layer)
-    join_siblings(part)
+        changed = True
+    if changed:
+        join_siblings(part)
 
 
 # ---- layers that come later -----------------------------------------------------------------------------------------
