@@ -53,9 +53,7 @@ def build(case):
     for kind, out, bias, adapters in case["members"]:
         weight = randn((out, x.shape[-1]), generator)
         addend = randn((*x.shape[:-1], out) if kind == "beside" else (out,), generator)
-        factors = [
-            t for r, _ in adapters for t in (randn((r, x.shape[-1]), generator), randn((out, r), generator))
-        ]
+        factors = [t for r, _ in adapters for t in (randn((r, x.shape[-1]), generator), randn((out, r), generator))]
         layers.append((kind, weight, addend if bias or kind == "beside" else None, factors, [s for _, s in adapters]))
     tensors = [x, *(t for _, _, addend, factors, _ in layers for t in (addend, *factors) if t is not None)]
     for tensor in tensors:
@@ -147,7 +145,9 @@ def test_factors_wider_than_the_input_are_used_a_slice_of_rows_at_a_time(kind, s
 
 
 def test_an_output_that_nobody_uses_gives_no_gradient():
-    case = one("split", (4, 6), 5, [(2, 1)]) | {"members": [("split", 5, True, [(2, 1)]), ("merged", 3, True, [(4, 2)])]}
+    case = one("split", (4, 6), 5, [(2, 1)]) | {
+        "members": [("split", 5, True, [(2, 1)]), ("merged", 3, True, [(4, 2)])]
+    }
     x, layers, tensors = build(case)
     unused, used = ours(x, layers)
     used.square().sum().backward()
