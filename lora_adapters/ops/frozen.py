@@ -87,7 +87,7 @@ class Packed(NamedTuple):
 
     def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """See FrozenWeight."""
-        if kernels.available(self.packed.device):
+        if kernels.available(self.packed.device, dtype, a.dtype):
             matrix = torch.Size((self.shape[0], self.shape[1:].numel()))
             return kernels.dequantize_merge(
                 self.packed,

@@ -115,19 +115,22 @@ class _Linear(torch.autograd.Function):
                 # Not a view for autograd, which would forbid to write to it (an activation in place).
                 outputs.append(y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1])))
         ctx.save_for_backward(x, h, *factors, *tensors[-count:])
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         members, dtypes, needs = ctx.members, ctx.dtypes, ctx.needs_input_grad
         count = len(members)
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(needs)
         x, h, *tensors = ctx.saved_tensors
         factors = tensors[:-count]
         with no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
             stacks = _stacks(members, factors, dtypes.low)
-            dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
+            dys = [_rows_of(dy, rows, stack) for dy, stack in zip(gradients, stacks, strict=True)]
             masks = ctx.draw.again() if ctx.draw is not None else []
             own: list[torch.Tensor | None] = [None] * len(factors)
             if any(needs[3 + count : 3 + count + len(factors)]):
@@ -139,10 +142,19 @@ class _Linear(torch.autograd.Function):
             dx = None if dx is None else cast(dx, ctx.dtype).view(x.shape)
             addends: list[torch.Tensor | None] = [None] * count
             for i, (dy, member) in enumerate(zip(dys, members, strict=True)):
-                if needs[3 + i]:
-                    addend = dy.sum(0) if member.weight is not None else dy.view(gradients[i].shape)
+                if needs[3 + i] and gradients[i] is not None:
+                    addend = dy.sum(0) if member.weight is not None else dy.view(*x.shape[:-1], dy.shape[-1])
                     addends[i] = cast(addend, ctx.addend_dtypes[i])
+            # The output of a member that nobody used: an optimizer must not take its factors' gradient for zero.
+            used = [gradients[i] is not None for i, stack in enumerate(stacks) for _ in range(2 * len(stack.ranks))]
+            own = [gradient if wanted else None for gradient, wanted in zip(own, used, strict=True)]
         return (dx, None, None, *addends, *own, *[None] * count)
+
+
+def _rows_of(gradient: torch.Tensor | None, rows: torch.Tensor, stack: Stack) -> torch.Tensor:
+    if gradient is None:
+        return rows.new_zeros((len(rows), len(stack.b)))
+    return gradient.reshape(-1, gradient.shape[-1])
 
 
 def _forward(

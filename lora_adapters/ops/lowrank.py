@@ -16,7 +16,7 @@ _SLICE = 1 << 20
 
 def down(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """x (tokens, in), a (rank, in) -> x @ a^T (tokens, rank) in a's dtype."""
-    if kernels.available(x.device):
+    if kernels.available(x.device, x.dtype, a.dtype):
         return kernels.down(x, a, a.dtype)
     if x.dtype == a.dtype:
         return x @ a.t()
@@ -40,7 +40,7 @@ def up_gradients(dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> tuple[to
     Returns:
         dy @ b (tokens, rank) in h's dtype, and dy^T @ h (out, rank) in h's dtype or fp32.
     """
-    if kernels.available(dy.device):
+    if kernels.available(dy.device, dy.dtype, h.dtype):
         return kernels.up_grads(dy, h, b, 1.0)
     if dy.dtype == h.dtype:
         return dy @ b, dy.t() @ h
@@ -58,7 +58,7 @@ def up_gradients(dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> tuple[to
 
 def down_gradient(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dh (tokens, rank), x (tokens, in) of any dtype -> dh^T @ x (rank, in) in dh's dtype or fp32."""
-    if kernels.available(x.device):
+    if kernels.available(x.device, x.dtype, dh.dtype):
         return kernels.down_grad(dh, x)
     if x.dtype == dh.dtype:
         return dh.t() @ x
