@@ -131,27 +131,11 @@ def variants(name: str, model: Any, base: str, rank: int) -> dict[str, Any]:
                 module.support_avx512bf16_for_cpu = kernel
         return made
 
-    made = {"base": stored(), "PEFT": stock()}
-    if name == "unet":
-        made["ours"] = reclassed(stock())
-    else:
-        made["ours"] = lora_adapters.attach(stored(), rank=rank, targets=names).model
+    made = {"base": stored(), "PEFT": stock(), "ours": stock()}
+    lora_adapters.optimize(made["ours"])
     if base != "fp32" and _has_bf16_kernel():
         made["PEFT, bf16 kernel"] = stock(True)
     return made
-
-
-def reclassed(model: Any) -> Any:
-    """Turn stock PEFT's layers into ours. (`attach` needs a backend to adapt a diffusers model's attention.)"""
-    from peft.tuners import lora
-
-    from lora_adapters.layers import bnb, conv, linear
-
-    ours = {lora.Linear: linear.Linear, lora.Conv2d: conv.Conv2d, lora.Linear4bit: bnb.Linear4bit}
-    for module in model.modules():
-        if type(module) in ours:
-            module.__class__ = ours[type(module)]
-    return model
 
 
 def _has_bf16_kernel() -> bool:
