@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..ops.conv import Geometry, Layer, lora_conv
 from ..ops.embedding import lora_embedding
 from ..ops.frozen import Dense, FrozenWeight, Packed, Stored
 from ..ops.linear import Dtypes, Member, lora_linear
+from ..ops.single import single_linear
 from ..weights import primitives, store_for
 from ..weights.conv4bit import with_padding
 from ..weights.dense import is_transposed
@@ -33,12 +35,12 @@ class FusedForward(nn.Module):
     Attributes:
         fused: False sends every call to PEFT's own forward.
         factor_names: the children that hold A and B.
-        plain_parts: classes that an adapter's modules may have.
+        plain_parts: classes that A and B may have, with their forwards: a patch of torch's class is noticed.
     """
 
     fused = True
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
-    plain_parts: tuple[type[nn.Module], ...] = (nn.Linear, nn.Identity, nn.Dropout)
+    plain_parts: Mapping[type[nn.Module], Any] = {nn.Linear: nn.Linear.forward}
 
     if TYPE_CHECKING:
 
@@ -140,7 +142,12 @@ class FusedLinear(FusedForward):
         call = self.prepare(x, names)
         if call is None:
             return self._beside(x, names)
-        return lora_linear(x, (call.member,), (call.addend,), call.factors, call.dtypes)[0]
+        weight, merged, scalings, output, dropouts = call.member
+        if weight is None or dropouts or len(scalings) > 1:
+            return lora_linear(x, (call.member,), (call.addend,), call.factors, call.dtypes)[0]
+        a, b = call.factors
+        base, low = call.dtypes
+        return single_linear(x, weight, merged, call.addend, a, b, scalings[0], base, low, output)
 
     def prepare(self: Any, x: torch.Tensor, names: list[str]) -> Prepared | None:
         """Return the arguments of `lora_linear` for x, None if the base module has to be called."""
@@ -200,7 +207,7 @@ def frozen_linear(
 class FusedConv(FusedForward):
     """1-d and 2-d convolutions, dense or in any format."""
 
-    plain_parts = (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d, nn.Identity, nn.Dropout)
+    plain_parts = {cls: cls.forward for cls in (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d)}
 
     def why_not_exact(self: Any, names: list[str]) -> str:
         """Return what in the adapters' own geometry `ops.conv` does not know."""
@@ -275,7 +282,7 @@ class FusedEmbedding(FusedForward):
 
     def parts(self: Any, name: str) -> list[Any]:
         """Return A and B, which are bare parameters here. PEFT applies no dropout to an embedding's rows."""
-        return [self._modules[factor]._parameters[name] for factor in self.factor_names]
+        return [self._modules[factor]._parameters.get(name) for factor in self.factor_names]
 
     def why_not_exact(self: Any, names: list[str]) -> str:
         """Return what else PEFT's forward does: scales the rows, renormalises them, or counts them."""

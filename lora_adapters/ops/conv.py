@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .autocast import no_autocast
+from .differentiable import once_differentiable
 from .dropout import draw_masks
 from .factors import Stack
 from .frozen import FrozenWeight

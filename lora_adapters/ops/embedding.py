@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .autocast import no_autocast
+from .differentiable import once_differentiable
 from .factors import Stack
 
 

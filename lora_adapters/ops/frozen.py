@@ -12,7 +12,7 @@ import torch
 
 from ..weights import WeightStore, primitives
 from . import kernels
-from .autocast import cast
+from .autocast import cast, no_autocast
 
 Nested = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -31,13 +31,17 @@ class FrozenWeight(Protocol):
         """Return the dense weight (out, in) or (out, in / groups, *kernel); it may be the stored tensor itself."""
         ...
 
-    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return weight + b @ a as a new tensor of the weight's shape, rounded once to `dtype`.
+    def merged(
+        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, low: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Return weight + scaling * b @ a as a new tensor of the weight's shape, rounded once to `dtype`.
 
         Args:
             dtype: of the result.
             a: (rank, in / groups * prod(kernel)).
-            b: (out, rank), scaling included.
+            b: (out, rank).
+            scaling: factor of the update.
+            low: the factors may be rounded to this dtype first; None multiplies them as they are.
         """
         ...
 
@@ -58,9 +62,12 @@ class Dense(NamedTuple):
         weight = cast(self.weight, dtype)
         return weight.t() if self.transposed else weight
 
-    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def merged(
+        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, low: torch.dtype | None = None
+    ) -> torch.Tensor:
         """See FrozenWeight."""
-        return _merged(self.read(torch.promote_types(self.weight.dtype, torch.float32)), dtype, a, b)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return _merged(self.read(wide).clone(), dtype, a, b, scaling)
 
 
 class Packed(NamedTuple):
@@ -85,7 +92,9 @@ class Packed(NamedTuple):
             self.packed, self.absmax, self.nested, self.blocksize, self.quant_type, self.shape, dtype
         )
 
-    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def merged(
+        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, low: torch.dtype | None = None
+    ) -> torch.Tensor:
         """See FrozenWeight."""
         if kernels.available(self.packed.device, dtype, a.dtype):
             matrix = torch.Size((self.shape[0], self.shape[1:].numel()))
@@ -97,12 +106,12 @@ class Packed(NamedTuple):
                 self.blocksize,
                 self.quant_type,
                 matrix,
-                a,
-                b,
-                1.0,
+                cast(a, low or a.dtype),
+                cast(b, low or b.dtype),
+                scaling,
                 dtype,
             ).view(self.shape)
-        return _merged(self.read(torch.float32), dtype, a, b)
+        return _merged(self.read(torch.float32), dtype, a, b, scaling)
 
 
 class Stored(NamedTuple):
@@ -119,11 +128,15 @@ class Stored(NamedTuple):
         """See FrozenWeight."""
         return self.store.read(dtype)
 
-    def merged(self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def merged(
+        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, low: torch.dtype | None = None
+    ) -> torch.Tensor:
         """See FrozenWeight."""
-        return _merged(self.store.read(torch.promote_types(self.store.dtype, torch.float32)), dtype, a, b)
+        return _merged(self.store.read(torch.promote_types(self.store.dtype, torch.float32)), dtype, a, b, scaling)
 
 
-def _merged(weight: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    matrix = weight.flatten(1)
-    return cast(torch.addmm(matrix, cast(b, matrix.dtype), cast(a, matrix.dtype)), dtype).view(weight.shape)
+def _merged(fresh: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    matrix = fresh if fresh.dim() == 2 else fresh.flatten(1)
+    with no_autocast(fresh.device.type):
+        matrix.addmm_(cast(b, matrix.dtype), cast(a, matrix.dtype), alpha=scaling)
+    return cast(fresh, dtype)

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import lowrank
 from .autocast import cast, no_autocast
+from .differentiable import once_differentiable
 from .dropout import draw_masks
 from .factors import Stack
 from .frozen import FrozenWeight
