@@ -93,7 +93,7 @@ def why_parent(layer: Any, names: list[str]) -> str:
             if isinstance(part, nn.Module):
                 if is_observed(part):
                     return f"the adapter's {type(part).__name__} has hooks or a forward put on it"
-                if type(part) not in layer.plain_parts:
+                if layer.plain_parts.get(type(part)) is not type(part).forward:
                     return f"the adapter holds a {type(part).__name__}"
                 bias = part._parameters.get("bias")
                 if bias is not None and (part is a or type(bias) not in PLAIN_TENSORS):
@@ -157,15 +157,17 @@ def _is_packed_plainly(base: Any, weight: Any) -> bool:
     )
 
 
-_KINDS: dict[type[nn.Module], str] = {}
+_KINDS: dict[type[nn.Module], tuple[Any, str]] = {}
 
 
 def _kind(cls: type[nn.Module]) -> str:
     """Return what a base class computes: "dense", "4bit" or "rows", "own" if it can't be told, "" if a store may say."""
     # A plain dict: torch.compile reads it, and would warn about a functools.cache.
-    if cls not in _KINDS:
-        _KINDS[cls] = _find_kind(cls)
-    return _KINDS[cls]
+    # With the forward that it was found for: a class may be patched later.
+    found = _KINDS.get(cls)
+    if found is None or found[0] is not cls.forward:
+        found = _KINDS[cls] = (cls.forward, _find_kind(cls))
+    return found[1]
 
 
 def _find_kind(cls: type[nn.Module]) -> str:

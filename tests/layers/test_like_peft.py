@@ -214,7 +214,7 @@ def test_against_a_model_that_peft_alone_made(name, dropout):
     with no_parent(ours[0]):
         got = outcome(ours, x)
     assert [v.abs().max() > 0 for v in want.values() if v is not None] == [True] * (len(want) - (name == "embedding"))
-    assert_like({k: v for k, v in zip(want, got.values(), strict=True)}, want)
+    assert_like(dict(zip(want, got.values(), strict=True)), want)
 
 
 def test_grouped_convolution_that_peft_alone_made():

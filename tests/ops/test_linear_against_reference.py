@@ -171,7 +171,7 @@ def test_outputs_may_be_written_to(shape):
 
 
 def test_a_second_derivative_raises():
-    x, layers, tensors = build(one("split", (3, 6), 5, [(2, 1)]))
+    x, layers, _ = build(one("split", (3, 6), 5, [(2, 1)]))
     (dx,) = torch.autograd.grad(ours(x, layers)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.square().sum().backward()
