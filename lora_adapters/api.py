@@ -78,6 +78,7 @@ def attach(
 
     Raises:
         RequestError: a wrong or contradictory argument. UnsupportedError: it can't be done here.
+        StateError: other code has merged an adapter into one of these layers.
         MissingDependencyError: an optional package is missing. The model is unchanged in each case.
     """
     request = AttachRequest.make(

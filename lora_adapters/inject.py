@@ -24,7 +24,7 @@ from torch import nn
 from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of, foreign_tuner
 from .direct_reads import has_fused_layers, keep_called
-from .errors import LoraAdaptersWarning, RequestError, UnsupportedError, VerificationError
+from .errors import LoraAdaptersWarning, RequestError, StateError, UnsupportedError, VerificationError
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
@@ -72,6 +72,7 @@ def apply(
         Whatever goes wrong, after the model has been set back as it was.
     """
     _refuse_foreign(model)
+    _refuse_merged(model, plan)
     guard_cpu_repacking(model)
     with _no_collection():
         return _apply(model, plan, peft_model, load)
@@ -157,6 +158,17 @@ def _refuse_foreign(model: nn.Module) -> None:
             "time, so LoRA beside them would silently stop their training. Unload them first, or use prompt or prefix "
             "tuning, which LoRA can stand beside."
         )
+
+
+def _refuse_merged(model: nn.Module, plan: AttachPlan) -> None:
+    """Raise if PEFT's own code has merged a layer: ours could not undo that, since it keeps the old base aside."""
+    for planned in plan.layers:
+        layer = model.get_submodule(planned.name)
+        if isinstance(layer, LoraLayer) and layer.merged and not isinstance(layer, EngineLayer):
+            raise StateError(
+                f"{planned.name!r} has {', '.join(map(repr, layer.merged_adapters))} merged into its base. Unmerge first "
+                "(unmerge_adapter(), or a pipeline's unfuse_lora()), then attach."
+            )
 
 
 def _choose_forwards(model: nn.Module, plan: AttachPlan) -> None:

@@ -8,7 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
-from helpers import llama, net, perturb, tokens
+from helpers import assert_same, llama, net, perturb, state, tokens
 from packaging.version import Version
 from peft import (
     LoHaConfig,
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import lora_adapters as la
-from lora_adapters.errors import NoTargetError, RequestError
+from lora_adapters.errors import NoTargetError, RequestError, StateError
 from lora_adapters.layers.engine import EngineLayer
 from lora_adapters.layers.fused import FusedForward
 from lora_adapters.layers.optimized import stock_class
@@ -547,6 +547,22 @@ def test_attach_adds_an_adapter_to_an_optimized_model():
     adapter.detach()
     ours.set_adapter("default")
     close(output(ours), expected)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_attach_refuses_layers_that_peft_has_merged(optimized, options):
+    model = adapted_llama()
+    expected = output(model)
+    model.merge_adapter()
+    if optimized:
+        la.optimize(model)
+    before = state(model)
+    with pytest.raises(StateError, match=r"q_proj' has 'default' merged into its base\. Unmerge first"):
+        la.attach(model, rank=2, targets=["q_proj"], adapter_name="second", **options)
+    assert_same(model, before)
+    model.unmerge_adapter()
+    close(output(model), expected)
 
 
 def test_undo_beside_an_attached_layer():
