@@ -83,7 +83,6 @@ class AttachPlan:
     task_type: str | None
     total_parameters: int
     trained_parameters: int
-    shared_input: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
     _model: Any = field(default=None, repr=False, compare=False)
     _quantizers: Mapping[str, Quantizer] = field(default_factory=dict, repr=False, compare=False)

@@ -50,7 +50,7 @@ class GenericBackend:
         if not default:
             default = "all-linear" if "other" in roles.values() else "conv"
         never = _not_called(info) | dict(known.never)
-        return Classification(roles, never, default, known.shared_input, known.notes)
+        return Classification(roles, never, default, known.notes)
 
     @staticmethod
     def _role(module: nn.Module) -> str:

@@ -72,7 +72,6 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
         task_type=task_type,
         total_parameters=sum(_numel(p) for p in _plain_parameters(base)),
         trained_parameters=count_trained(base, whole, request, layers),
-        shared_input=classes.shared_input,
         notes=(*notes, *classes.notes, *task_notes, *shared.notes(base, layers, request)),
         _model=base,
         _quantizers=quantizers,

@@ -45,7 +45,6 @@ class Classification:
         roles: module name -> role.
         never: module name -> the reason it must not be adapted.
         default: the role expression that targets="auto" means for this model.
-        shared_input: groups of roles that read one input.
         notes: things the user should know (shown in the plan).
         unverified: why nobody could check the roles, as a sentence; role expressions are then refused. "" if checked.
     """
@@ -53,7 +52,6 @@ class Classification:
     roles: Mapping[str, str]
     never: Mapping[str, str]
     default: str
-    shared_input: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
     unverified: str = ""
 
@@ -121,8 +119,7 @@ def classify_by_patterns(info: ModelInfo, maps: Iterable[TargetMap]) -> Classifi
                 roles[name] = role
                 break
     default = next((m.default for m in chain if m.default), "all-linear")
-    shared = next((m.shared_input for m in chain if m.shared_input), ())
-    return Classification(roles, never, default, shared)
+    return Classification(roles, never, default)
 
 
 def expand(word: str) -> tuple[str, ...] | None:

@@ -75,8 +75,6 @@ class TargetMap:
         families: model types (transformers' `config.model_type`, a class name elsewhere); "*" is the fallback for all.
         roles: role -> regular expressions, searched in a module's dotted name (`re.search`). The first role with a
             match wins, in the order given. A family's own map is tried before the "*" map.
-        shared_input: groups of role names whose modules read the same input tensor inside one parent, such as
-            (("q", "k", "v"),).
         default: the role expression that targets="auto" means for these families ("" leaves it to the "*" map).
         never: regular expressions of modules that must not be adapted -> the reason shown in the plan.
         exclusive: True if the "*" map must not be consulted for what this map leaves unmatched.
@@ -85,7 +83,6 @@ class TargetMap:
     backend: str
     families: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    shared_input: tuple[tuple[str, ...], ...] = ()
     default: str = ""
     never: Mapping[str, str] = field(default_factory=dict)
     exclusive: bool = False

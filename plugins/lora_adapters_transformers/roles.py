@@ -36,7 +36,7 @@ def classify(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
     vouched = any(info.family in m.families and m.roles for m in maps if m.backend == info.backend)
     unverified = "" if vouched else targets.UNVERIFIED.get(info.family, "")
     notes = (*known.notes, *_notes(info, mixers))
-    return Classification(roles, never, default, known.shared_input, notes, unverified)
+    return Classification(roles, never, default, notes, unverified)
 
 
 def _inside(name: str, parents: Iterable[str]) -> bool:

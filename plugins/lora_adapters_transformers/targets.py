@@ -92,7 +92,7 @@ UNVERIFIED = {
 }
 
 TARGET_MAPS: tuple[TargetMap, ...] = (
-    TargetMap("transformers", ("*",), default="attention+mlp", shared_input=(("q", "k", "v"), ("q", "kv"))),
+    TargetMap("transformers", ("*",), default="attention+mlp"),
     TargetMap("transformers", ("xlnet",), default="mlp"),
     # Most of these show in the source; all are named, so that what is saved here loads in PEFT.
     TargetMap(
