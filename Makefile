@@ -39,6 +39,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/attach.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/parity.py
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/layers.py; fi
 
 # The oldest supported versions (see tests/oldest.txt).
 test-oldest: .venv-oldest/.done

@@ -1,12 +1,13 @@
 """A training step on the CPU: the frozen base, stock PEFT and ours, in turn within one run.
 
-    python benchmarks/cpu.py [--isa native avx2] [--models llm vit unet] [--bases fp32 nf4] [--json]
+    python benchmarks/cpu.py [--isa native avx2] [--models llm vit unet] [--bases fp32 nf4] [--ranks 8 16] [--json]
 
 A step is forward and backward, the inputs' gradient included, without an optimizer. All three compute on the same
 weights and inputs; PEFT is `get_peft_model` on the same modules with the same rank, and on the 4-bit base it has its own
 4-bit layers. Where bitsandbytes has a bf16 kernel of its own (AVX512-BF16, evaluation only), stock PEFT runs with it
 allowed and not, and ours is compared with the faster. Ratios are medians over rounds of (ours / theirs of the same
-round). Memory is the peak of the step with the weights, by lora_adapters.memory.measure_step.
+round). "operations" is the same ratio for the arithmetic alone: the products with A and B are a share of a step that
+rank and width decide. Memory is the peak of the step with the weights, by lora_adapters.memory.measure_step.
 
 --isa avx2 runs the same in a process that hides AVX512 from torch, oneDNN, MKL and bitsandbytes' Python side.
 """
@@ -89,7 +90,7 @@ def unet(size: str) -> tuple[Any, dict[str, Any]]:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=128,
-        attention_head_dim=8,
+        attention_head_dim=2,  # heads, in spite of its name
     )
     return model, {
         "sample": torch.randn(s["batch"], 4, s["size"], s["size"]),
@@ -177,6 +178,15 @@ def same(models: dict[str, Any], inputs: dict[str, Any]) -> float:
     return ((outputs["ours"] - outputs["PEFT"]).norm() / outputs["PEFT"].norm()).item()
 
 
+def operations(step: Callable[[], None]) -> int:
+    """Return the floating-point operations of a step's products, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def memory(model: Any, inputs: dict[str, Any]) -> int:
     from lora_adapters.memory import measure_step
 
@@ -184,21 +194,22 @@ def memory(model: Any, inputs: dict[str, Any]) -> int:
     return measure_step(model, given, optimizer=None, loss=lambda output: first(output).square().mean()).total
 
 
-def measure(name: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, base: str, rank: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return one row of the table."""
     import torch
 
-    row: dict[str, Any] = {"cpu": torch.backends.cpu.get_cpu_capability(), "model": name, "weights": base}
+    row: dict[str, Any] = {"cpu": torch.backends.cpu.get_cpu_capability(), "model": name, "weights": base, "rank": rank}
     torch.manual_seed(0)
     try:
         model, inputs = MODELS[name](args.size)
     except ImportError as error:
         return row | {"skipped": f"{error.name} is not installed"}
-    models = variants(name, model, base, args.rank)
+    models = variants(name, model, base, rank)
     apart = same(models, inputs)
     if apart > 1e-5:
         raise SystemExit(f"{name}, {base}: our output differs from PEFT's by {apart:.1e}; timing it means nothing.")
-    rounds = seconds({key: stepper(each, inputs) for key, each in models.items()}, args.rounds)
+    steps = {key: stepper(each, inputs) for key, each in models.items()}
+    rounds = seconds(steps, args.rounds)
     peers = [key for key in models if key.startswith("PEFT")]
     peer = min(peers, key=lambda key: median(rounds, key))
     ours_bytes, peer_bytes = memory(models["ours"], inputs), memory(models["PEFT"], inputs)
@@ -210,6 +221,7 @@ def measure(name: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
         "ours ms": median(rounds, "ours") * 1000,
         "ours / PEFT": ratio(rounds, "ours", peer),
         "ours / base": ratio(rounds, "ours", "base"),
+        "operations ours / base": operations(steps["ours"]) / operations(steps["base"]),
         "PEFT MiB": peer_bytes / 2**20,
         "ours MiB": ours_bytes / 2**20,
         "memory ours / PEFT": ours_bytes / peer_bytes,
@@ -221,7 +233,7 @@ def main() -> None:
     parser.add_argument("--isa", nargs="+", choices=list(ISA), default=["native", "avx2"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--bases", nargs="+", choices=["fp32", "nf4"], default=["fp32", "nf4"])
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
@@ -229,7 +241,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.here:
         warnings.simplefilter("ignore")
-        print(json.dumps([measure(name, base, args) for name in args.models for base in args.bases]))
+        rows = [measure(m, base, rank, args) for m in args.models for base in args.bases for rank in args.ranks]
+        print(json.dumps(rows))
         return
     rows = []
     for isa in args.isa:

@@ -30,7 +30,9 @@ def assert_ratio(value) -> None:
 
 @pytest.mark.parametrize("isa", ["native", "avx2"])
 def test_cpu(isa):
-    done = run("cpu.py", "--size", "tiny", "--rounds", "2", "--models", "llm", "vit", "--isa", isa, "--json")
+    done = run(
+        "cpu.py", "--size", "tiny", "--rounds", "2", "--ranks", "4", "--isa", isa, "--json", "--models", "llm", "vit"
+    )
     rows = json.loads(done.stdout)
     assert [(row["model"], row["weights"]) for row in rows] == [
         ("llm", "fp32"),
@@ -39,28 +41,14 @@ def test_cpu(isa):
         ("vit", "nf4"),
     ]
     for row in rows:
-        assert isa == "native" or row["cpu"] == "AVX2"
-        for key in ("ours / PEFT", "ours / base", "memory ours / PEFT", "base ms"):
+        assert isa == "native" or row["cpu"] != "AVX512"
+        for key in ("ours / PEFT", "ours / base", "operations ours / base", "memory ours / PEFT", "base ms"):
             assert_ratio(row[key])
 
 
 def test_cpu_unet():
-    (row,) = json.loads(
-        run(
-            "cpu.py",
-            "--size",
-            "tiny",
-            "--rounds",
-            "2",
-            "--models",
-            "unet",
-            "--bases",
-            "nf4",
-            "--isa",
-            "native",
-            "--json",
-        ).stdout
-    )
+    settings = ("--size", "tiny", "--rounds", "2", "--ranks", "4", "--isa", "native", "--json")
+    (row,) = json.loads(run("cpu.py", *settings, "--models", "unet", "--bases", "nf4").stdout)
     if "skipped" in row:
         pytest.skip(row["skipped"])
     assert_ratio(row["ours / PEFT"])
@@ -82,3 +70,23 @@ def test_layers(tmp_path):
     assert {"product", "base", "PEFT, fp32 adapters, autocast", "ours, fp32 adapters, autocast"} <= variants
     text = table.read_text()
     assert text.count("\n| ") == len(rows) + 1
+
+
+def test_parity(tmp_path):
+    picture = tmp_path / "parity.png"
+    sizes = ("--steps", "4", "--pretrain", "3", "--hidden", "64", "--layers", "1", "--rank", "4")
+    done = run("parity.py", *sizes, "--cache", str(tmp_path / "cache"), "--picture", str(picture), "--json")
+    found = json.loads(done.stdout)
+    rows = {row["row"]: row for row in found["losses"]}
+    assert list(rows) == ["fp32", "bf16", "fp16", "nf4 merged", "nf4 split", "bf16 forced"]
+    for name, row in rows.items():
+        assert_ratio(row["ours / PEFT"])
+        assert len(found["curves"][name]["ours"]) == 4
+    assert abs(rows["fp32"]["ours / PEFT"] - 1) < 1e-4
+    # The two paths over the same 4-bit weights are two paths, and so are the two over bf16.
+    assert found["curves"]["nf4 merged"]["ours"] != found["curves"]["nf4 split"]["ours"]
+    assert found["curves"]["bf16"]["ours"] != found["curves"]["bf16 forced"]["ours"]
+    arrives = {row["path"]: row for row in found["survival"]}
+    assert arrives["ours, bf16"]["0.001 arrives"] > arrives["ours, bf16 forced"]["0.001 arrives"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
