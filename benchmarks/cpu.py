@@ -6,8 +6,9 @@ A step is forward and backward, the inputs' gradient included, without an optimi
 weights and inputs; PEFT is `get_peft_model` on the same modules with the same rank, and on the 4-bit base it has its own
 4-bit layers. Where bitsandbytes has a bf16 kernel of its own (AVX512-BF16, evaluation only), stock PEFT runs with it
 allowed and not, and ours is compared with the faster. Ratios are medians over rounds of (ours / theirs of the same
-round). "operations" is the same ratio for the arithmetic alone: the products with A and B are a share of a step that
-rank and width decide. Memory is the peak of the step with the weights, by lora_adapters.memory.measure_step.
+round). "operations" is that ratio for the arithmetic alone, x W^T + (x A^T) B^T and its gradients: rank and width decide
+how much of a step the products with A and B are. Memory is the peak of the step with the weights, by
+lora_adapters.memory.measure_step.
 
 --isa avx2 runs the same in a process that hides AVX512 from torch, oneDNN, MKL and bitsandbytes' Python side.
 """
@@ -178,13 +179,16 @@ def same(models: dict[str, Any], inputs: dict[str, Any]) -> float:
     return ((outputs["ours"] - outputs["PEFT"]).norm() / outputs["PEFT"].norm()).item()
 
 
-def operations(step: Callable[[], None]) -> int:
-    """Return the floating-point operations of a step's products, as torch counts them."""
+def operations(name: str, model: Any, inputs: dict[str, Any], rank: int) -> float:
+    """Return how many times the base's arithmetic a step with LoRA takes, by torch's count over stock PEFT in fp32."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+    models, counts = variants(name, model, "fp32", rank), {}
+    for key in ("base", "PEFT"):
+        with FlopCounterMode(display=False) as counter:
+            stepper(models[key], inputs)()
+        counts[key] = counter.get_total_flops()
+    return counts["PEFT"] / counts["base"]
 
 
 def memory(model: Any, inputs: dict[str, Any]) -> int:
@@ -208,8 +212,7 @@ def measure(name: str, base: str, rank: int, args: argparse.Namespace) -> dict[s
     apart = same(models, inputs)
     if apart > 1e-5:
         raise SystemExit(f"{name}, {base}: our output differs from PEFT's by {apart:.1e}; timing it means nothing.")
-    steps = {key: stepper(each, inputs) for key, each in models.items()}
-    rounds = seconds(steps, args.rounds)
+    rounds = seconds({key: stepper(each, inputs) for key, each in models.items()}, args.rounds)
     peers = [key for key in models if key.startswith("PEFT")]
     peer = min(peers, key=lambda key: median(rounds, key))
     ours_bytes, peer_bytes = memory(models["ours"], inputs), memory(models["PEFT"], inputs)
@@ -221,7 +224,7 @@ def measure(name: str, base: str, rank: int, args: argparse.Namespace) -> dict[s
         "ours ms": median(rounds, "ours") * 1000,
         "ours / PEFT": ratio(rounds, "ours", peer),
         "ours / base": ratio(rounds, "ours", "base"),
-        "operations ours / base": operations(steps["ours"]) / operations(steps["base"]),
+        "operations / base": operations(name, model, inputs, rank),
         "PEFT MiB": peer_bytes / 2**20,
         "ours MiB": ours_bytes / 2**20,
         "memory ours / PEFT": ours_bytes / peer_bytes,
