@@ -15,7 +15,7 @@ import torch
 
 from .autocast import no_autocast
 from .differentiable import once_differentiable
-from .dropout import draw_masks
+from .dropout import draw_masks, kept_scalings
 from .factors import Stack
 from .frozen import FrozenWeight
 from .linear import Dtypes
@@ -104,12 +104,12 @@ class _Conv(torch.autograd.Function):
         with no_autocast(x.device.type):
             if dtypes.low == dtypes.base and x.element_size() > dtypes.base.itemsize:
                 x = x.to(dtypes.base)
-            stack = Stack(factors, layer.scalings, dtypes.low)
+            stack = Stack(factors, kept_scalings(layer.scalings, layer.dropouts), dtypes.low)
             kernel = factors[0].shape[1:]
             h = None
             if layer.merged:
                 assert layer.weight is not None
-                weight = layer.weight.merged(dtypes.base, stack.a, stack.b)
+                weight = layer.weight.merged(dtypes.base, stack.a, stack.scaled_b, low=dtypes.low)
                 bias = None if addend is None else addend.to(dtypes.base)
                 y = layer.geometry.convolve(x.to(dtypes.base), weight, bias)
             else:
@@ -119,11 +119,11 @@ class _Conv(torch.autograd.Function):
                 h = _down(x, layer, stack, kernel, masks, dtypes.low)
                 if layer.weight is None:
                     assert addend is not None
-                    y = addend + _up(h, stack.b, layer.up_groups).to(addend.dtype)
+                    y = addend + _up(_scaled(h, stack, layer), stack.b, layer.up_groups)
                 else:
                     bias = None if addend is None else addend.to(dtypes.base)
                     y = layer.geometry.convolve(x.to(dtypes.base), layer.weight.read(dtypes.base), bias)
-                    y = y.add_(_up(h, stack.b, layer.up_groups))
+                    y = y.add_(_up(_scaled(h, stack, layer), stack.b, layer.up_groups))
         ctx.save_for_backward(x, h, kept, *factors)
         return y.to(layer.output)
 
@@ -135,26 +135,29 @@ class _Conv(torch.autograd.Function):
         x, h, _, *factors = ctx.saved_tensors
         dx, daddend, own = None, None, [None] * len(factors)
         with no_autocast(x.device.type):
-            stack = Stack(factors, layer.scalings, dtypes.low)
+            stack = Stack(factors, kept_scalings(layer.scalings, layer.dropouts), dtypes.low)
             kernel = factors[0].shape[1:]
             masks = ctx.draw.again() if ctx.draw is not None else ()
             if any(needs[5:]):
                 h = _down(x, layer, stack, kernel, (), dtypes.low) if h is None else h
                 low_dy = dy.to(dtypes.low)
-                dh = _up_input_gradient(low_dy, stack.b, layer.up_groups)
+                dh = _scaled(_up_input_gradient(low_dy, stack.b, layer.up_groups), stack, layer)
                 db = _up_weight_gradient(low_dy, h, layer.up_groups)
                 wants = needs[0] and not layer.merged
                 dx, da = _down_backward(dh, x, layer, stack, kernel, masks, dtypes.low, wants)
                 own = stack.gradients(da, db)
             elif needs[0] and not layer.merged:
-                dh = _up_input_gradient(dy.to(dtypes.low), stack.b, layer.up_groups)
+                dh = _scaled(_up_input_gradient(dy.to(dtypes.low), stack.b, layer.up_groups), stack, layer)
                 dx, _ = _down_backward(dh, x, layer, stack, kernel, masks, dtypes.low, True)
             if needs[0] and layer.weight is not None:
-                read = layer.weight.merged(dtypes.base, stack.a, stack.b) if layer.merged else None
-                weight = layer.weight.read(dtypes.base) if read is None else read
+                if layer.merged:
+                    weight = layer.weight.merged(dtypes.base, stack.a, stack.scaled_b, low=dtypes.low)
+                else:
+                    weight = layer.weight.read(dtypes.base)
                 full, _ = layer.geometry.backward(dy.to(dtypes.base), x.to(dtypes.base), weight, (True, False))
                 assert full is not None
-                dx = full if dx is None else full.add_(dx)
+                # Summed in the wider dtype, as autograd sums what the base and the adapter give an input.
+                dx = full if dx is None else full.to(torch.promote_types(full.dtype, ctx.dtype)).add_(dx)
             if needs[3]:
                 sums = [0, *range(2, dy.dim())]
                 daddend = (dy if layer.weight is None else dy.sum(sums)).to(ctx.addend_dtype)
@@ -184,6 +187,10 @@ def _down(
         for a, mask in zip(stack.each_a, masks, strict=True)
     ]
     return _side_by_side(parts, layer.up_groups)
+
+
+def _scaled(h: torch.Tensor, stack: Stack, layer: Layer) -> torch.Tensor:
+    return stack.scaled(h, layer.up_groups, _own_ranks(stack, layer))
 
 
 def _side_by_side(parts: Sequence[torch.Tensor], groups: int) -> torch.Tensor:

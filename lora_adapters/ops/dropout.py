@@ -1,6 +1,7 @@
 """Dropout that keeps no mask: the random state it drew from is kept, and backward draws the same masks again.
 
-The numbers are those that nn.Dropout would have drawn from the same state, so a model trains as it does with PEFT.
+The numbers are those that nn.Dropout would have drawn from the same state, so a model trains as it does with PEFT. A
+mask is 0 and 1, exact in any dtype; the 1 / (1 - p) goes with the adapter's scaling (`kept_scalings`).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Draw(NamedTuple):
 
     def _global(self) -> Masks:
         ones = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).fill_(1)
-        return [F.dropout(ones, p) if p else None for p in self.probabilities]
+        return [F.dropout(ones, p).sign_() if p else None for p in self.probabilities]
 
     def _drawn(self, state: torch.Tensor | None) -> tuple[Masks, torch.Tensor | None]:
         """Return masks drawn from `state` by a generator of our own, and its state afterwards."""
@@ -77,13 +78,13 @@ class Draw(NamedTuple):
         for p in self.probabilities:
             mask = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device) if p else None
             if mask is not None:
-                mask = mask.zero_() if p == 1 else mask.bernoulli_(1 - p, generator=own).div_(1 - p)
+                mask = mask.zero_() if p == 1 else mask.bernoulli_(1 - p, generator=own)
             masks.append(mask)
         return masks, own.get_state()
 
 
 def draw_masks(x: torch.Tensor, probabilities: Sequence[float], dtype: torch.dtype) -> tuple[Masks, Draw]:
-    """Return what one dropout after the other multiplies x by: 0 with probability p, else 1 / (1 - p).
+    """Return what one dropout after the other multiplies x by: 0 with probability p, else 1.
 
     Args:
         x: any shape; only its shape, strides and device matter.
@@ -108,3 +109,10 @@ def draw_masks(x: torch.Tensor, probabilities: Sequence[float], dtype: torch.dty
     assert end is not None
     torch.set_rng_state(end)
     return masks, draw._replace(state=state)
+
+
+def kept_scalings(scalings: tuple[float, ...], probabilities: Sequence[float]) -> tuple[float, ...]:
+    """Return each scaling over the probability that an input is kept. `probabilities` may be empty: nothing drops."""
+    if not probabilities:
+        return scalings
+    return tuple(s if p == 1 else s / (1 - p) for s, p in zip(scalings, probabilities, strict=True))

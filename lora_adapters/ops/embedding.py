@@ -48,7 +48,7 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(index, *factors)
         with no_autocast(result.device.type):
             stack = Stack(factors, scalings, dtype)
-            update = stack.a.index_select(1, index.reshape(-1)).t() @ stack.b.t()
+            update = stack.scaled(stack.a.index_select(1, index.reshape(-1)).t()) @ stack.b.t()
             return result + update.view(result.shape)
 
     @staticmethod
@@ -61,7 +61,7 @@ class _Embedding(torch.autograd.Function):
             flat, rows = index.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)
             h = stack.a.index_select(1, flat)
             db = rows.t() @ h.t()
-            dh = (rows @ stack.b).t()
+            dh = stack.scaled(rows @ stack.b).t()
             if ctx.padding_idx is not None:
                 dh = dh * (flat != ctx.padding_idx)
             # A row that occurs often: in 16 bits a sum of many terms stops growing.

@@ -139,4 +139,4 @@ def _merged(fresh: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.T
     matrix = fresh if fresh.dim() == 2 else fresh.flatten(1)
     with no_autocast(fresh.device.type):
         matrix.addmm_(cast(b, matrix.dtype), cast(a, matrix.dtype), alpha=scaling)
-    return cast(fresh, dtype)
+    return cast(matrix, dtype).view(fresh.shape)  # not `fresh`: the matrix of a channels-last one is a copy

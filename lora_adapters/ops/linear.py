@@ -20,7 +20,7 @@ import torch
 from . import lowrank
 from .autocast import cast, no_autocast
 from .differentiable import once_differentiable
-from .dropout import draw_masks
+from .dropout import draw_masks, kept_scalings
 from .factors import Stack
 from .frozen import FrozenWeight
 
@@ -75,7 +75,7 @@ def _stacks(members: Sequence[Member], factors: Sequence[torch.Tensor], dtype: t
     stacks, start = [], 0
     for member in members:
         stop = start + 2 * len(member.scalings)
-        stacks.append(Stack(factors[start:stop], member.scalings, dtype))
+        stacks.append(Stack(factors[start:stop], kept_scalings(member.scalings, member.dropouts), dtype))
         start = stop
     return stacks
 
@@ -137,7 +137,8 @@ class _Linear(torch.autograd.Function):
                 h = lowrank.down(rows, _all_a(stacks)) if h is None else h
                 dhs, own = _factor_gradients(dys, rows, h, stacks, masks)
             else:
-                dhs = [dy.to(dtypes.low) @ stack.b for dy, stack in zip(dys, stacks, strict=True)] if needs[0] else []
+                pairs = zip(dys, stacks, strict=True) if needs[0] else ()
+                dhs = [stack.scaled(dy.to(dtypes.low) @ stack.b) for dy, stack in pairs]
             dx = _input_gradient(dys, dhs, stacks, members, masks, dtypes) if needs[0] else None
             dx = None if dx is None else cast(dx, ctx.dtype).view(x.shape)
             addends: list[torch.Tensor | None] = [None] * count
@@ -168,18 +169,31 @@ def _forward(
     if member.weight is None:
         assert addend is not None
         assert h is not None
-        return _added(addend.reshape(-1, addend.shape[-1]), h, stack.b)
+        return _added(addend.reshape(-1, addend.shape[-1]), stack.scaled(h), stack.b)
     rows, bias = cast(rows, dtypes.base), None if addend is None else cast(addend, dtypes.base)
     if member.merged:
-        weight = member.weight.merged(dtypes.base, stack.a, stack.b).t()
+        weight = member.weight.merged(dtypes.base, stack.a, stack.scaled_b, low=dtypes.low).t()
         return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
     assert h is not None
     weight = member.weight.read(dtypes.base).t()
-    if bias is None:
-        y = cast(h @ stack.b.t(), dtypes.base)
-    else:
-        y = cast(torch.addmm(cast(bias, h.dtype), h, stack.b.t()), dtypes.base)
-    return y.addmm_(rows, weight)
+    return up(stack.scaled(h), stack.b, bias, dtypes.base).addmm_(rows, weight)
+
+
+def up(
+    h: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, scaling: float = 1
+) -> torch.Tensor:
+    """Return scaling * h @ b^T + bias in `dtype`, as a new tensor; bias (out,) is of this dtype."""
+    wide = torch.promote_types(h.dtype, dtype)
+    if bias is not None and wide is h.dtype:
+        return cast(torch.addmm(cast(bias, wide), h, b.t(), alpha=scaling), dtype)
+    y = h @ b.t() if scaling == 1 else scaled_product(h, b.t(), scaling)
+    # A bias in a dtype narrower than its own would lose most of its bits.
+    return cast(y, dtype) if bias is None else cast(cast(y, wide).add_(bias), dtype)
+
+
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return scaling * left @ right as one product. With beta = 0 the values of what it is added to do not count."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def _added(result: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -201,7 +215,7 @@ def _factor_gradients(
         lowrank.up_gradients(dy, mine, stack.b)
         for dy, mine, stack in zip(dys, _columns(h, stacks), stacks, strict=True)
     ]
-    dhs = [dh for dh, _ in pairs]
+    dhs = [stack.scaled(dh) for stack, (dh, _) in zip(stacks, pairs, strict=True)]
     if masks:
         das: Sequence[torch.Tensor] = [_dropped_down_gradient(dhs[0], rows, stacks[0], masks)]
     else:
@@ -233,7 +247,9 @@ def _input_gradient(
         if member.weight is None:
             continue
         weight = (
-            member.weight.merged(dtypes.base, stack.a, stack.b) if member.merged else member.weight.read(dtypes.base)
+            member.weight.merged(dtypes.base, stack.a, stack.scaled_b, low=dtypes.low)
+            if member.merged
+            else member.weight.read(dtypes.base)
         )
         dy = cast(dy, dtypes.base)
         dx = dy @ weight if dx is None else cast(dx, dtypes.base).addmm_(dy, weight)

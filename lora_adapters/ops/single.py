@@ -14,6 +14,7 @@ from . import lowrank
 from .autocast import cast, no_autocast
 from .differentiable import once_differentiable
 from .frozen import FrozenWeight
+from .linear import scaled_product, up
 
 
 def single_linear(
@@ -102,25 +103,11 @@ def _forward(
         h = lowrank.down(rows, low_a)
         # Casts of the factors are as small as h: kept, they need not be made again.
         ctx.save_for_backward(x, h, low_a, low_b, kept)
-        y = _up(h, low_b, bias, scaling, base)
+        y = up(h, low_b, None if bias is None else cast(bias, base), base, scaling)
         y.addmm_(cast(rows, base), weight.read(base).t())
     y = cast(y, output)
     # Not a view for autograd, which would forbid to write to it (an activation in place).
     return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
-
-
-def _up(
-    h: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, scaling: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return scaling * h @ b^T + bias in `dtype`."""
-    if bias is not None:
-        return cast(torch.addmm(cast(bias, h.dtype), h, b.t(), alpha=scaling), dtype)
-    return cast(h @ b.t() if scaling == 1 else _scaled(h, b.t(), scaling), dtype)
-
-
-def _scaled(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return scaling * left @ right as one product. With beta = 0 the values of what it is added to do not count."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -142,7 +129,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if merged:
             dx = cast(dys, base) @ weight.merged(base, a, b, scaling, low)
         else:
-            dh = _scaled(cast(dys, low), low_b, scaling) if dh is None else dh
+            dh = scaled_product(cast(dys, low), low_b, scaling) if dh is None else dh
             dx = cast(dh @ low_a, base).addmm_(cast(dys, base), weight.read(base))
         dx = cast(dx, ctx.dtype)
         dx = dx if len(shape) == 2 else dx.view(shape)

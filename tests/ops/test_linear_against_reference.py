@@ -9,6 +9,7 @@ from reference_checks import assert_close, gradients, randn, scalings
 from lora_adapters.ops import lowrank, reference
 from lora_adapters.ops.frozen import Dense
 from lora_adapters.ops.linear import Dtypes, Member, lora_linear
+from lora_adapters.ops.single import single_linear
 
 KINDS = ("split", "merged", "beside", "transposed")
 WIDE = torch.float64
@@ -61,13 +62,25 @@ def build(case):
     return x, layers, tensors
 
 
+def frozen(kind, weight):
+    if kind == "beside":
+        return None
+    return Dense(weight.t().contiguous(), True) if kind == "transposed" else Dense(weight)
+
+
+def is_single(layers):
+    """Whether `ops.single`, the way for the most common call, takes it too."""
+    return len(layers) == 1 and layers[0][0] != "beside" and len(layers[0][3]) == 2
+
+
+def alone(x, layer, base=None, low=None):
+    kind, weight, addend, factors, (scale,) = layer
+    settings = (scale, base or x.dtype, low or x.dtype, x.dtype)
+    return single_linear(x, frozen(kind, weight), kind == "merged", addend, *factors, *settings)
+
+
 def ours(x, layers, dtypes=None):
-    members = []
-    for kind, weight, _, _, scale in layers:
-        frozen = {"split": Dense(weight), "merged": Dense(weight), "beside": None}.get(
-            kind, Dense(weight.t().contiguous(), transposed=True)
-        )
-        members.append(Member(frozen, kind == "merged", tuple(scale), x.dtype))
+    members = [Member(frozen(k, weight), k == "merged", tuple(s), x.dtype) for k, weight, _, _, s in layers]
     addends = [addend for _, _, addend, _, _ in layers]
     factors = [t for _, _, _, pair, _ in layers for t in pair]
     return lora_linear(x, members, addends, factors, dtypes or Dtypes(x.dtype, x.dtype))
@@ -102,14 +115,23 @@ def one(kind, shape, out, adapters, bias=True, layout="plain"):
 @example(one("merged", (2, 0, 5), 7, [(3, 1)]))
 @example(one("beside", (0, 5), 7, [(3, 2)]))
 @example(one("split", (5,), 7, [(3, 1)], bias=False))
+@example(one("transposed", (2, 3, 5), 7, [(3, -1.5)], layout="sliced"))
+@example(one("merged", (2, 3, 5), 7, [(512, 0.37)], layout="transposed"))
+@example(one("split", (2, 3, 5), 7, [(512, 0)], layout="expanded"))
 def test_outputs_and_every_gradient(case):
     x, layers, tensors = build(case)
     got, want = ours(x, layers), oracle(x, layers)
     assert [y.shape for y in got] == [y.shape for y in want]
     for y, expected in zip(got, want, strict=True):
         assert_close(y, expected, 1e-9)
-    for mine, expected in zip(gradients(got, tensors), gradients(want, tensors), strict=True):
+    wanted = gradients(want, tensors)
+    for mine, expected in zip(gradients(got, tensors), wanted, strict=True):
         assert_close(mine, expected, 1e-9)
+    if is_single(layers):
+        (y,) = single = [alone(x, layers[0])]
+        assert_close(y, want[0], 1e-9)
+        for mine, expected in zip(gradients(single, tensors), wanted, strict=True):
+            assert_close(mine, expected, 1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,6 +166,24 @@ def test_factors_wider_than_the_input_are_used_a_slice_of_rows_at_a_time(kind, s
         assert_close(result, expected, 2e-6)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapters", [[(4, 1)], [(4, 0.5)], [(4, 0.5), (2, 1)]])
+def test_narrow_factors_take_nothing_from_the_base_and_its_bias(adapters, low):
+    """16-bit adapters on an fp32 base: where they add nothing, the result is the base's, to fp32's precision."""
+    x, layers, _ = build(one("split", (3, 37, 65), 129, adapters))
+    narrow = [
+        (k, w.float(), bias.detach().float(), [(f * (i % 2 == 0)).to(low) for i, f in enumerate(factors)], s)
+        for k, w, bias, factors, s in layers
+    ]
+    want = torch.nn.functional.linear(x, layers[0][1], layers[0][2])
+    x = x.detach().float()
+    outputs = [ours(x, narrow, Dtypes(torch.float32, low))[0]]
+    if is_single(narrow):
+        outputs.append(alone(x, narrow[0], torch.float32, low))
+    for y in outputs:
+        assert_close(y, want, 1e-6)
+
+
 def test_an_output_that_nobody_uses_gives_no_gradient():
     case = one("split", (4, 6), 5, [(2, 1)]) | {
         "members": [("split", 5, True, [(2, 1)]), ("merged", 3, True, [(4, 2)])]
@@ -164,24 +204,26 @@ def test_an_output_that_nobody_uses_gives_no_gradient():
 def test_outputs_may_be_written_to(shape):
     """An activation in place follows many layers. Autograd forbids that for the view of a custom function's result."""
     x, layers, tensors = build(one("split", shape, 5, [(2, 1)]))
-    got = gradients([torch.relu_(ours(x, layers)[0])], tensors)
     want = gradients([torch.relu(oracle(x, layers)[0])], tensors)
-    for mine, expected in zip(got, want, strict=True):
-        assert_close(mine, expected, 1e-9)
+    for y in (ours(x, layers)[0], alone(x, layers[0])):
+        for mine, expected in zip(gradients([torch.relu_(y)], tensors), want, strict=True):
+            assert_close(mine, expected, 1e-9)
 
 
 def test_a_second_derivative_raises():
     x, layers, _ = build(one("split", (3, 6), 5, [(2, 1)]))
-    (dx,) = torch.autograd.grad(ours(x, layers)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.square().sum().backward()
+    for y in (ours(x, layers)[0], alone(x, layers[0])):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.square().sum().backward()
 
 
+@pytest.mark.parametrize("call", [alone, lambda x, layer: ours(x, [layer])[0]], ids=["single", "group"])
 @pytest.mark.parametrize("which", ["x", "weight", "a", "b"])
-def test_writing_between_forward_and_backward_raises(which):
+def test_writing_between_forward_and_backward_raises(which, call):
     x, layers, tensors = build(one("split", (3, 6), 5, [(2, 1)], bias=False))
     tensor = {"x": x, "weight": layers[0][1], "a": tensors[1], "b": tensors[2]}[which]
-    (y,) = ours(x, layers)
+    y = call(x, layers[0])
     with torch.no_grad():
         tensor.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
