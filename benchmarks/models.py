@@ -251,6 +251,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
+    if not args.json:
+        print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "torch", torch.__version__)
     for name in args.models:
         shape = (TINY if args.tiny else SHAPES).get(name)
         if shape is None or (name == "unet" and importlib.util.find_spec("diffusers") is None):
@@ -258,11 +260,13 @@ def main() -> None:
             continue
         for weights in args.weights:
             rows += measure(shape, weights, args)
+            if not args.json:
+                print(table(rows[-5:]), flush=True)
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(json.dumps(rows, indent=1) if args.json else f"{where}, torch {torch.__version__}\n\n{table(rows)}")
+    if args.json:
+        print(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..ops.autocast import autocast_dtype
+from ..ops.choice import linear_layers
 from ..ops.conv import Geometry, Layer, lora_conv
 from ..ops.embedding import lora_embedding
 from ..ops.frozen import Dense, FrozenWeight, Packed, Stored
-from ..ops.linear import Dtypes, Member, lora_linear
-from ..ops.single import single_linear
+from ..ops.linear import Dtypes, Member
 from ..weights import primitives, store_for
 from ..weights.conv4bit import with_padding
 from ..weights.dense import is_transposed
@@ -22,7 +22,7 @@ from .conv_parts import SharedConv1d, SharedConv2d
 from .groups import SiblingGroup
 from .routes import PLAIN_TENSORS, Route, active, base_route, why_parent
 
-_interpreter_stack: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+_transforms: Any = torch._C._functorch.get_dynamic_layer_stack_depth  # type: ignore[attr-defined]
 
 #: Without gradients, the rows up to which a 4-bit base runs its own kernel, which multiplies the packed weight directly.
 FEW_ROWS = 64
@@ -77,12 +77,14 @@ class FusedForward(nn.Module):
             return f"the input is a {type(x).__name__}"
         if x.layout is not torch.strided or x.is_nested or x.is_complex():
             return "the input is sparse, nested or complex"
+        if _transforms():
+            return "a transform of torch.func looks at each operation"
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 return "the model is being exported"
             return "the compiler draws and keeps dropout's masks itself" if self._dropouts(names) else ""
-        if _interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
-            return "a transform of torch.func, or torch.jit, looks at each operation"
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit looks at each operation"
         if forward_ad._current_level >= 0:
             return "derivatives are taken forward"
         if x.device.type not in ("cpu", "cuda", "meta") and self._dropouts(names):
@@ -132,8 +134,10 @@ class FusedLinear(FusedForward):
     siblings: SiblingGroup | None = None
 
     def _fused_forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
-        # Without gradients nothing is saved by computing together; compiled code joins what it can by itself.
-        if self.siblings is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.siblings is None or torch.compiler.is_compiling():  # compiled code joins what it can by itself
+            return self.alone(x, names)
+        if not torch.is_grad_enabled():  # then nothing is saved by computing together
+            self.siblings.decide()
             return self.alone(x, names)
         return self.siblings.call(self, x, names)
 
@@ -142,12 +146,7 @@ class FusedLinear(FusedForward):
         call = self.prepare(x, names)
         if call is None:
             return self._beside(x, names)
-        weight, merged, scalings, output, dropouts = call.member
-        if weight is None or dropouts or len(scalings) > 1:
-            return lora_linear(x, (call.member,), (call.addend,), call.factors, call.dtypes)[0]
-        a, b = call.factors
-        base, low = call.dtypes
-        return single_linear(x, weight, merged, call.addend, a, b, scalings[0], base, low, output)
+        return linear_layers(x, (call.member,), (call.addend,), call.factors, call.dtypes)[0]
 
     def prepare(self: Any, x: torch.Tensor, names: list[str]) -> Prepared | None:
         """Return the arguments of `lora_linear` for x, None if the base module has to be called."""
@@ -176,7 +175,7 @@ class FusedLinear(FusedForward):
         member = Member(None, False, self.scalings(names), result.dtype, self._dropouts(names))
         addend = result if bias is None else (result + bias).to(result.dtype)
         low = auto or factors[0].dtype
-        return lora_linear(x, (member,), (addend,), factors, Dtypes(low, low))[0]
+        return linear_layers(x, (member,), (addend,), factors, Dtypes(low, low))[0]
 
 
 def frozen_linear(

@@ -12,6 +12,7 @@ repetition. So a group decides only while no graph of an undecided forward waits
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.linear import lora_linear
+from ..ops.choice import linear_layers
 
 
 class _Slot:
@@ -54,11 +55,15 @@ class SiblingGroup:
         self.layers = layers
         self.runs: tuple[tuple[int, ...], ...] | None = None
         self._seen: tuple[tuple[int, ...], ...] | None = None
-        self._graphs: list[weakref.ref[Any]] = []
+        self._pending: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy decides for itself: graphs that are alive are not its own.
-        return {"layers": self.layers, "runs": self.runs, "_seen": None, "_graphs": []}
+        return {"layers": self.layers, "runs": self.runs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy notes for itself: graphs that wait are not its own.
+        self.__init__(state["layers"])
+        self.runs = state["runs"]
 
     def call(self, layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         """Return the layer's output for x, computed with its siblings or taken from them; None as `prepare` does."""
@@ -75,8 +80,7 @@ class SiblingGroup:
                 slot.x = None
             if same:
                 return y
-        if self.runs is None:
-            self._decide()
+        self.decide()
         for run in self.runs or ():
             if run[0] == mine:
                 return self._together(slot, run, x, names)
@@ -98,7 +102,7 @@ class SiblingGroup:
             if part is not None and part.dtypes == first.dtypes and not part.member.dropouts:
                 prepared.append(part)
                 waiting.append((index, _key(layer, own, x)))
-        outputs = lora_linear(
+        outputs = linear_layers(
             x,
             [part.member for part in prepared],
             [part.addend for part in prepared],
@@ -111,8 +115,11 @@ class SiblingGroup:
 
     def _note(self, slot: _Slot, mine: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Note in which order and with which tensors the layers are called, until one is called again."""
-        if y.grad_fn is not None:
-            self._graphs.append(weakref.ref(y.grad_fn))
+        if y.requires_grad:
+            graph = _Graph()
+            self._pending.add(graph)
+            # Only the graph holds the hook, and the hook holds this: it goes with the graph, or when backward has come.
+            y.register_hook(functools.partial(_done, self._pending, graph))
         if any(mine in run for run in slot.runs):
             if self._seen is None:
                 self._seen = tuple(tuple(run) for run in slot.runs)
@@ -123,26 +130,24 @@ class SiblingGroup:
             slot.runs.append([mine])
         slot.last, slot.last_version = weakref.ref(x), x._version
 
-    def _decide(self) -> None:
-        self._graphs = [graph for graph in self._graphs if _is_pending(graph())]
+    def decide(self) -> None:
+        """Settle the runs if a whole forward has been seen and no graph waits for its backward."""
+        # Inside a backward a forward is repeated (checkpointing), and must keep what it kept the first time.
+        if self.runs is not None or torch._C._current_graph_task_id() != -1:
+            return
         slot = _slots.of.get(self)
         complete = slot is not None and sum(map(len, slot.runs)) == len(self.layers)
         seen = self._seen or (tuple(tuple(run) for run in slot.runs) if slot is not None and complete else None)
-        if seen is not None and not self._graphs:
+        if seen is not None and not self._pending:
             self.runs = tuple(run for run in seen if len(run) > 1)
 
 
-def _is_pending(node: Any) -> bool:
-    """Return True if backward has yet to run through a node of the graph."""
-    if node is None:
-        return False
-    try:
-        # Without unpacking: that would make gradient checkpointing repeat its forward.
-        return bool(node._raw_saved_tensors)
-    except RuntimeError:  # freed, because backward has been here
-        return False
-    except AttributeError:  # not one of our functions
-        return True
+class _Graph:
+    """Stands for the part of a graph that one call made."""
+
+
+def _done(pending: weakref.WeakSet[_Graph], graph: _Graph, gradient: torch.Tensor) -> None:
+    pending.discard(graph)
 
 
 def _key(layer: Any, names: list[str], x: torch.Tensor) -> Any:

@@ -133,7 +133,7 @@ def base_route(base: nn.Module) -> Route:
     if bias is not None and type(bias) not in PLAIN_TENSORS:
         return _NOT_PLAIN
     if kind == "dense":
-        if type(weight) not in PLAIN_TENSORS or weight.dtype not in DENSE_DTYPES:
+        if weight is None or type(weight) not in PLAIN_TENSORS or weight.dtype not in DENSE_DTYPES:
             return _NOT_PLAIN
         return _TRAINED if weight.requires_grad else _SPLIT
     if kind == "4bit":
