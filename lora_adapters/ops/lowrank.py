@@ -1,7 +1,11 @@
 """The skinny products of LoRA's forward and backward. Each reads its large operand once and makes no large copy of it.
 
-On CUDA they are the Triton kernels; elsewhere torch's products. Where the large operand's dtype is not the one to
-compute in (a 16-bit input under fp32 factors) it is converted a slice at a time.
+Who computes them:
+    operands of one dtype: torch's products. They are bound by memory as any kernel of ours would be, and quicker to
+        launch. On CUDA results that are wanted in fp32 are written so by the product. The exception is `up_gradients`
+        of a very large dy on CUDA, which one kernel reads once for both (`kernels.up_grads_pays`);
+    operands of different dtypes (16-bit x or dy under fp32 factors): on CUDA the Triton kernels, elsewhere torch's
+        products, for which the large operand is converted a slice at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from . import kernels
+from .autocast import cast
 
 #: Rows of the large operand that are converted at a time: a slice of this many values stays in a CPU's cache.
 _SLICE = 1 << 20
@@ -16,10 +21,10 @@ _SLICE = 1 << 20
 
 def down(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """x (tokens, in), a (rank, in) -> x @ a^T (tokens, rank) in a's dtype."""
+    if x.dtype is a.dtype:
+        return _narrow(x, a)
     if kernels.available(x.device, x.dtype, a.dtype):
         return kernels.down(x, a, a.dtype)
-    if x.dtype == a.dtype:
-        return _narrow(x, a)
     step = _rows(x)
     if step >= x.shape[0]:
         return _narrow(x.to(a.dtype), a)
@@ -29,54 +34,97 @@ def down(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def up_gradients(dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of h and b for y = h @ b^T.
+def up(
+    h: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, scaling: float = 1.0
+) -> torch.Tensor:
+    """Return scaling * h @ b^T + bias as a new tensor.
+
+    Args:
+        h: (tokens, rank).
+        b: (out, rank), of h's dtype; the transpose of a (rank, out) matrix is as good.
+        bias: (out,) of `dtype`, or None. It is added before the result is rounded, or after it, never rounded itself.
+        dtype: of the result (tokens, out). A large copy of it in a wider dtype is made where there are no kernels.
+        scaling: factor of the product.
+    """
+    if h.dtype is not dtype and kernels.available(h.device, h.dtype, b.dtype, dtype):
+        return kernels.up(h, b, bias, dtype, scaling)
+    if bias is not None and torch.promote_types(h.dtype, dtype) is h.dtype:
+        return cast(torch.addmm(cast(bias, h.dtype), h, b.t(), alpha=scaling), dtype)
+    y = cast(product(h, b.t(), scaling), dtype)
+    return y if bias is None else y.add_(bias)
+
+
+def up_gradients(
+    dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of h and b for y = scaling * h @ b^T.
 
     Args:
         dy: (tokens, out), any dtype.
         h: (tokens, rank).
         b: (out, rank), of h's dtype.
+        scaling: factor of both.
+        dtype: of the gradient of b; None means h's, or fp32 where that is as quick.
 
     Returns:
-        dy @ b (tokens, rank) in h's dtype, and dy^T @ h (out, rank) in h's dtype or fp32.
+        scaling * dy @ b (tokens, rank) in h's dtype, and scaling * dy^T @ h (out, rank) in `dtype`.
     """
-    if kernels.available(dy.device, dy.dtype, h.dtype):
-        return kernels.up_grads(dy, h, b, 1.0)
+    dtype = dtype or _gradient_dtype(h)
+    if kernels.available(dy.device, dy.dtype, h.dtype) and (dy.dtype is not h.dtype or kernels.up_grads_pays(dy, h)):
+        dh, db = kernels.up_grads(dy, h, b, scaling)
+        return dh, cast(db, dtype)
     # (h^T dy)^T and not dy^T h: on CPUs the wide operand is better not the transposed one, by a factor of 2 to 10.
-    if dy.dtype == h.dtype:
-        return _narrow(dy, b.t()), (h.t() @ dy).t()
+    if dy.dtype is h.dtype:
+        return _narrow(dy, b.t(), scaling), product(h.t(), dy, scaling, dtype).t()
     step = _rows(dy)
     if step >= dy.shape[0]:
         wide = dy.to(h.dtype)
-        return _narrow(wide, b.t()), (h.t() @ wide).t()
+        return _narrow(wide, b.t(), scaling), product(h.t(), wide, scaling, dtype).t()
     dh, db = torch.empty_like(h), h.new_zeros((b.shape[1], b.shape[0]))
     for start in range(0, dy.shape[0], step):
         wide = dy[start : start + step].to(h.dtype)
-        dh[start : start + step] = _narrow(wide, b.t())
-        db.addmm_(h[start : start + step].t(), wide)
-    return dh, db.t()
+        dh[start : start + step] = _narrow(wide, b.t(), scaling)
+        db.addmm_(h[start : start + step].t(), wide, alpha=scaling)
+    return dh, cast(db.t(), dtype)
 
 
-def down_gradient(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dh (tokens, rank), x (tokens, in) of any dtype -> dh^T @ x (rank, in) in dh's dtype or fp32."""
+def down_gradient(dh: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """dh (tokens, rank), x (tokens, in) of any dtype -> dh^T @ x (rank, in) in `dtype`; None: see up_gradients."""
+    dtype = dtype or _gradient_dtype(dh)
+    if x.dtype is dh.dtype:
+        return product(dh.t(), x, 1.0, dtype)
     if kernels.available(x.device, x.dtype, dh.dtype):
-        return kernels.down_grad(dh, x)
-    if x.dtype == dh.dtype:
-        return dh.t() @ x
+        return cast(kernels.down_grad(dh, x), dtype)
     step = _rows(x)
     if step >= x.shape[0]:
-        return dh.t() @ x.to(dh.dtype)
+        return product(dh.t(), x.to(dh.dtype), 1.0, dtype)
     da = dh.new_zeros((dh.shape[1], x.shape[1]))
     for start in range(0, x.shape[0], step):
         da.addmm_(dh[start : start + step].t(), x[start : start + step].to(dh.dtype))
-    return da
+    return cast(da, dtype)
 
 
-def _narrow(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def product(
+    left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return scaling * left @ right in `dtype` (None: theirs), as one product where torch has it."""
+    if dtype is torch.float32 and left.itemsize == 2 and left.is_cuda:
+        wide = torch.mm(left, right, out_dtype=dtype)
+        return wide if scaling == 1 else wide.mul_(scaling)
+    # With beta = 0 the values of what the product is added to do not count.
+    result = left @ right if scaling == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+    return result if dtype is None else cast(result, dtype)
+
+
+def _gradient_dtype(h: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32) if h.is_cuda else h.dtype
+
+
+def _narrow(x: torch.Tensor, a: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """Return x @ a^T for a few rows of a. In fp32 MKL takes twice as long or more where they don't fill vectors of 16."""
     if x.device.type == "cpu" and x.dtype is torch.float32 and a.shape[0] % 16:
-        return (a @ x.t()).t()
-    return x @ a.t()
+        return product(a, x.t(), scaling).t()
+    return product(x, a.t(), scaling)
 
 
 def _rows(x: torch.Tensor) -> int:

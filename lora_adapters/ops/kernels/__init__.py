@@ -22,26 +22,38 @@ from ...weights.primitives import FLOATS
 
 if TYPE_CHECKING:
     from .dequant_merge import dequantize_merge
-    from .lowrank import down, down_grad, up_grads
+    from .lowrank import down, down_grad, up, up_grads, up_grads_pays
 
-__all__ = ["available", "dequantize_merge", "down", "down_grad", "up_grads"]
+__all__ = ["available", "dequantize_merge", "down", "down_grad", "up", "up_grads", "up_grads_pays"]
 
 #: The least compute capability that Triton compiles these kernels for.
 MIN_CAPABILITY = (7, 5)
 _ANSWERS: dict[torch.device, bool] = {}
-_HOMES = {"dequantize_merge": "dequant_merge", "down": "lowrank", "down_grad": "lowrank", "up_grads": "lowrank"}
+_HOMES = {
+    "dequantize_merge": "dequant_merge",
+    "down": "lowrank",
+    "down_grad": "lowrank",
+    "up": "lowrank",
+    "up_grads": "lowrank",
+    "up_grads_pays": "lowrank",
+}
 
 
 def available(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Return whether the functions of this package take tensors of this device, and of these dtypes if any are given.
 
-    The answer is found once for each device, which imports triton if it is True; from then on it costs nothing, in
-    compiled code too. (The first call must not be made by compiled code: torch.compile does not trace imports.)
+    The answer is found once for each device, which imports triton if it is True; from then on it costs nothing. In
+    compiled code it is a constant.
     """
+    return _answer(device) and all(dtype in FLOATS for dtype in dtypes)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls this and does not trace it: it traces no imports
+def _answer(device: torch.device) -> bool:
     answer = _ANSWERS.get(device)
     if answer is None:
         answer = _ANSWERS[device] = _decide(device)
-    return answer and all(dtype in FLOATS for dtype in dtypes)
+    return answer
 
 
 def _decide(device: torch.device) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,8 @@ class DeviceFacts(NamedTuple):
     shared: int  # bytes of shared memory that one program may use
 
     def stages(self, stage_bytes: int) -> int:
-        """Return how many loads of this size to keep in flight: at most 4, and half of a large GPU's shared memory."""
-        return max(1, min(4, min(96 << 10, self.shared - (8 << 10)) // stage_bytes))
+        """Return how many loads of this size to keep in flight: at most 4, and what shared memory has room for."""
+        return max(1, min(4, min(160 << 10, self.shared - (8 << 10)) // stage_bytes))
 
     def multiplies(self, *dtypes: torch.dtype) -> bool:
         """Return whether operands of these dtypes are multiplied as they are; if not, they are as fp32."""
@@ -53,7 +52,11 @@ def written(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def start(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *arguments: Any, **settings: Any) -> None:
     """Launch a kernel over a grid on the device of its first argument."""
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    device = first.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](first, *arguments, **settings)
+        return
+    with torch.cuda.device(device):
         kernel[grid](first, *arguments, **settings)
 
 

@@ -44,6 +44,22 @@ def test_down(device, tokens, features, rank, long, short):
         assert_product(kernels.down(x, a, dtype), x, a.t(), dtype)
 
 
+@pytest.mark.parametrize("h_dtype, dtype", [(F32, BF16), (F32, F16), (F32, F32), (BF16, F16), (F16, F32)])
+@pytest.mark.parametrize("tokens, features, rank", SHAPES)
+@pytest.mark.parametrize("bias_dtype", [None, F32, BF16])
+def test_up(device, tokens, features, rank, h_dtype, dtype, bias_dtype):
+    h, b = normal(device, tokens, rank, dtype=h_dtype), normal(device, features, rank, seed=1)
+    bias = None if bias_dtype is None else normal(device, features, dtype=bias_dtype)
+    y = kernels.up(h, b, bias, dtype, -1.5)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    exact = -1.5 * (h.double() @ b.double().t()) + (0 if bias is None else bias.double())
+    magnitude = 1.5 * (h.double().abs() @ b.double().abs().t()) + (0 if bias is None else bias.double().abs())
+    assert ((y.double() - exact).abs() <= 4e-6 * magnitude + torch.finfo(dtype).eps * exact.abs()).all()
+    # As dh @ a, whose b is the transpose of a contiguous matrix.
+    assert torch.equal(kernels.up(h, b.t().contiguous().t(), bias, dtype, -1.5), y)
+
+
 @pytest.mark.parametrize("long, short", MIXES)
 @pytest.mark.parametrize("tokens, features, rank", SHAPES)
 def test_up_grads(device, tokens, features, rank, long, short):
@@ -94,6 +110,7 @@ def test_no_tokens(device, rank):
     assert dh.shape == (0, rank)
     assert torch.equal(db, torch.zeros(50, rank, device=device))
     assert torch.equal(kernels.down_grad(h, x), torch.zeros(rank, 50, device=device))
+    assert kernels.up(h, b, None, BF16).shape == (0, 50)
 
 
 @pytest.mark.parametrize("how", ["columns of a wider tensor", "every second row", "transposed", "expanded"])
@@ -117,12 +134,16 @@ def test_strided_operands(device, how, dtype):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rank", [5, 40])
-def test_nan_and_infinity_reach_what_they_reach_in_torch(device, bad, rank):
-    x, a = normal(device, 70, 90), normal(device, rank, 90, seed=1)
+@pytest.mark.parametrize("long", [F32, BF16, F16])
+def test_nan_and_infinity_reach_what_they_reach_in_torch(device, bad, rank, long):
+    x, a = normal(device, 70, 90, dtype=long), normal(device, rank, 90, seed=1)
     h, b = normal(device, 70, rank, seed=2), normal(device, 90, rank, seed=3)
-    x[69, 89], h[3, 1] = bad, bad
-    pairs = [(kernels.down(x, a, F32), x @ a.t()), (kernels.down_grad(h, x), h.t() @ x)]
-    pairs += zip(kernels.up_grads(x, h, b, 1.0), (x @ b, x.t() @ h), strict=True)
+    # One is 1 exactly: what is left of it beyond 16 bits is 0, and 0 times infinity must not count.
+    x[69, 89], h[3, 1], a[1, 89], b[89, 2] = bad, bad, 1, -1
+    wide = x.float()
+    pairs = [(kernels.down(x, a, F32), wide @ a.t()), (kernels.down_grad(h, x), h.t() @ wide)]
+    pairs += zip(kernels.up_grads(x, h, b, 1.0), (wide @ b, wide.t() @ h), strict=True)
+    pairs += [(kernels.up(h, b, None, BF16), h @ b.t())]
     for result, expected in pairs:
         assert not expected.isfinite().all()
         assert torch.equal(result.isnan(), expected.isnan())
@@ -141,14 +162,17 @@ def test_the_same_bits_every_time(device):
 
 
 @pytest.mark.parametrize("rank", [6, 40])
-def test_compiled_without_a_graph_break(device, rank):
+def test_compiled_without_a_graph_break(device, rank, monkeypatch):
     x, a, b = normal(device, 20, 30), normal(device, rank, 30), normal(device, 30, rank)
+
+    # The first question may be asked while torch.compile traces; then kernels are imported there.
+    monkeypatch.setattr(kernels, "_ANSWERS", {})
 
     def everything(x):
         assert kernels.available(x.device)
         h = kernels.down(x + 1, a, F32)
         dh, db = kernels.up_grads(x, h, b, 0.5)
-        return h * 2, dh, db + 1, kernels.down_grad(dh, x)
+        return h * 2, dh, db + 1, kernels.down_grad(dh, x), kernels.up(h, b, x[0], F16, 2.0)
 
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (20, 11):
@@ -162,6 +186,11 @@ def test_what_does_not_fit_is_refused(device):
     for wrong in [(x[:8], h, b), (x[:, :19], h, b), (x, h[:, :3], b)]:
         with pytest.raises(RequestError, match="dy"):
             kernels.up_grads(*wrong, 1.0)
+    for wrong in [(h[:, :3], b, None), (h, b, x[0, :19])]:
+        with pytest.raises(RequestError, match="h"):
+            kernels.up(*wrong, BF16)
+    with pytest.raises(RequestError, match="int32"):
+        kernels.up(h, b, None, torch.int32)
     with pytest.raises(RequestError, match="dh"):
         kernels.down_grad(h[:8], x)
     with pytest.raises(RequestError, match="float64"):
