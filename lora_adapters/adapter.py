@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .snapshot import Changes
+    from .targets import Kernels
 
 
 class _State:
@@ -52,11 +53,19 @@ class Adapter:
         plan: what was attached.
     """
 
-    def __init__(self, base: nn.Module, peft_model: PeftModel, plan: AttachPlan, changes: Changes) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        peft_model: PeftModel,
+        plan: AttachPlan,
+        changes: Changes,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.name = plan.request.adapter_name
         self.plan = plan
         self._base: nn.Module | None = base
         self._merged_away = False
+        self._kernels = kernels
         if base not in _states or _states[base].peft_model is not peft_model:
             _states[base] = _State(peft_model)
         state = _states[base]
@@ -205,6 +214,7 @@ class Adapter:
                     "Detach them first; `adapter.model.delete_adapter(name)` drops one that another tool added."
                 )
             merge.unload(self.model)
+            self._release_kernels()
             self._state.changes.clear()
             del _states[base]
             self._base, self._merged_away = None, True
@@ -220,7 +230,8 @@ class Adapter:
     def detach(self) -> nn.Module:
         """Take the adapter off and give the model its original modules back, bit for bit.
 
-        A base that `attach` quantized stays quantized: its dense weights were let go.
+        A base that `attach` quantized stays quantized: its dense weights were let go. Liger's kernels go with the last
+        adapter that asked for them.
 
         Returns:
             The base model.
@@ -241,8 +252,14 @@ class Adapter:
                 # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
                 left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
+        self._release_kernels()
         self._base = None
         return base
+
+    def _release_kernels(self) -> None:
+        if self._kernels is not None:
+            self._kernels.revert()
+            self._kernels = None
 
 
 def _norm(layer: LoraLayer, name: str) -> torch.Tensor:

@@ -11,10 +11,11 @@ from . import inject
 from .adapter import Adapter, peft_model_of
 from .attach_plan import AttachPlan
 from .backends import unwrap
+from .base_kernels import with_kernels
 from .errors import LoraAdaptersError, RequestError, UnsupportedError
 from .hooks.manager import load_object, plugins, require
 from .planning import make_plan
-from .request import _UNSET, AttachRequest, check_fused
+from .request import _UNSET, AttachRequest, check_fused, check_liger
 from .saving import restore_adapter
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def attach(
     config: Any = None,
     *,
     fused: Any = _UNSET,
+    liger: Any = _UNSET,
     progress: bool | None = None,
     **lora_config_fields: Any,
 ) -> Adapter:
@@ -69,6 +71,11 @@ def attach(
         config: a peft.LoraConfig instead of the arguments above.
         fused: "auto" (default) computes each layer in the fastest way that is exact; `adapter.summary()` says which and
             why. False runs PEFT's own forward in every layer of this adapter, also for other adapters on them.
+        liger: Liger's kernels for the base's norms, gated MLPs, rotary embedding and loss; transformers models on a GPU.
+            False (default), "auto" (where there are some: `adapter.summary()` says which, or why not) or True (an error
+            where there are none). While a model that has them trains on labels, its outputs hold no logits, and a graph
+            kept by retain_graph=True can't be run backward twice (an error). Other models of its type in this process
+            share the rotary kernel until the last adapter that asked is detached.
         progress: show a progress bar while quantizing; None shows it in a terminal.
         **lora_config_fields: also `layers` (block indices), `exclude` (names), `seed`, `dtype`; PEFT's names for the
             arguments above (`r`, `lora_alpha`, `target_modules`, ...); and any other field of peft.LoraConfig.
@@ -91,15 +98,16 @@ def attach(
         adapter_name=adapter_name,
         modules_to_save=modules_to_save,
         fused=fused,
+        liger=liger,
         **lora_config_fields,
     )
     base = unwrap(model)
     inject.check_free_name(base, request.adapter_name)
-    made = make_plan(model, request)
-    with progress_bar("Quantizing", progress) as report:
-        inject.quantize(base, made, report)
-    peft_model, changes = inject.apply(base, made, _peft_model(model, base))
-    return _attached(base, peft_model, made, changes)
+    with with_kernels(base, make_plan(model, request)) as (made, kernels):
+        with progress_bar("Quantizing", progress) as report:
+            inject.quantize(base, made, report)
+        peft_model, changes = inject.apply(base, made, _peft_model(model, base))
+    return _attached(base, peft_model, made, changes, kernels)
 
 
 def _peft_model(model: nn.Module, base: nn.Module) -> Any:
@@ -110,8 +118,8 @@ def _peft_model(model: nn.Module, base: nn.Module) -> Any:
     return None if found is None or found.active_peft_config.is_prompt_learning else found
 
 
-def _attached(base: nn.Module, peft_model: Any, made: AttachPlan, changes: Any) -> Adapter:
-    adapter = Adapter(base, peft_model, made, changes)
+def _attached(base: nn.Module, peft_model: Any, made: AttachPlan, changes: Any, kernels: Any) -> Adapter:
+    adapter = Adapter(base, peft_model, made, changes, kernels)
     plugins().notify("lora_adapters_attached", adapter=adapter, plan=made)
     return adapter
 
@@ -147,6 +155,7 @@ def restore(
     revision: str | None = None,
     *,
     fused: Any = "auto",
+    liger: Any = False,
 ) -> Adapter:
     """Attach a saved adapter. Everything in the files is checked before the model is touched.
 
@@ -155,17 +164,18 @@ def restore(
         path: a PEFT checkpoint folder, or a Hub name.
         adapter_name: name the adapter gets here.
         revision: Hub revision.
-        fused: as for `attach`.
+        fused, liger: as for `attach`.
 
     Raises:
         RequestError: a wrong argument.
         CheckpointError: the files are damaged, unsafe, incomplete or made for another model. The model is unchanged.
     """
     check_fused(fused)
+    check_liger(liger)
     base = unwrap(model)
     inject.check_free_name(base, adapter_name)
-    peft_model, made, changes = restore_adapter(base, _peft_model(model, base), path, adapter_name, revision, fused)
-    return _attached(base, peft_model, made, changes)
+    ways = {"fused": fused, "liger": liger}
+    return _attached(base, *restore_adapter(base, _peft_model(model, base), path, adapter_name, revision, ways))
 
 
 def load(

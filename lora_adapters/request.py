@@ -63,6 +63,7 @@ class AttachRequest:
         seed: makes lora_A's initial values, together with each module's name; None takes torch's current seed.
         dtype: dtype of the adapter's parameters; None means float32 (float64 on a float64 base).
         fused: "auto", fast forwards wherever they are exact, or False, PEFT's forward everywhere.
+        liger: True, "auto" (where they can be had) or False: Liger's kernels in the base.
         exact: full module name -> (rank, alpha), instead of targets: what a checkpoint says.
         peft_fields: LoraConfig fields given by their own names.
     """
@@ -80,6 +81,7 @@ class AttachRequest:
     seed: int | None = None
     dtype: Any = None
     fused: Any = "auto"
+    liger: Any = False
     exact: Mapping[str, tuple[int, float]] | None = None
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -183,6 +185,13 @@ def check_fused(value: Any) -> Any:
     return value
 
 
+def check_liger(value: Any) -> Any:
+    """Return True, False or "auto", else raise RequestError."""
+    if not isinstance(value, bool) and value != "auto":
+        raise RequestError(f"liger must be True, False or 'auto', got {value!r}.")
+    return value
+
+
 def check_pattern(pattern: str) -> re.Pattern[str]:
     """Compile a user's regular expression, else raise RequestError."""
     try:
@@ -208,6 +217,7 @@ def _normalise(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise RequestError(f"dropout must be in [0, 1), got {dropout!r}.")
     check_fused(values.get("fused", "auto"))
+    check_liger(values.get("liger", False))
     name = values.get("adapter_name", "default")
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name.startswith("lora_"):
         raise RequestError(

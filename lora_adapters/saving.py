@@ -26,6 +26,7 @@ from .adapter_file import (
 )
 from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of
+from .base_kernels import with_kernels
 from .checkpoint import resolve_adapter_path, write_adapter
 from .errors import CheckpointError, UnsupportedError
 from .layers.conv import SharedConv1d, SharedConv2d
@@ -33,7 +34,7 @@ from .planning import make_plan
 from .request import AttachRequest
 from .sharing import held_twice
 from .snapshot import Changes
-from .targets import candidates
+from .targets import Kernels, candidates
 from .trained import modules_meant
 from .weights import store_for
 
@@ -80,17 +81,18 @@ def restore_adapter(
     path: str | Path,
     name: str,
     revision: str | None,
-    fused: Any = "auto",
-) -> tuple[PeftModel, AttachPlan, Changes]:
-    """Attach a saved adapter to `base`; see `lora_adapters.restore`."""
+    ways: Mapping[str, Any],
+) -> tuple[PeftModel, AttachPlan, Changes, Kernels | None]:
+    """Attach a saved adapter to `base`; see `lora_adapters.restore`. `ways` are fields of the request: fused, liger."""
     file = inspect_adapter(resolve_adapter_path(path, revision))
     plan = checked_plan(base, file, name)
-    plan = replace(plan, request=replace(plan.request, fused=fused))
+    plan = replace(plan, request=replace(plan.request, **ways))
     tensors = read_adapter(file)
     check_copies(file, tensors, {module: _dense(base, module) for module in file.copies.values()})
     values = {key: tensor for key, tensor in tensors.items() if key not in file.copies}
-    result, changes = inject.apply(base, plan, peft_model, load=lambda model: _load(model, plan, values))
-    return result, plan, changes
+    with with_kernels(base, plan) as (plan, kernels):
+        result, changes = inject.apply(base, plan, peft_model, load=lambda model: _load(model, plan, values))
+    return result, plan, changes, kernels
 
 
 def checked_plan(base: nn.Module, file: AdapterFile, name: str = "default") -> AttachPlan:

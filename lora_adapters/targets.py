@@ -100,6 +100,22 @@ class Backend(Protocol):
         ...
 
 
+class Kernels(Protocol):
+    """Faster kernels for a base model's own modules, found for it but not in it yet.
+
+    A backend that has some gives them by a method `liger_kernels(model, plan)`, which changes nothing and raises
+    UnsupportedError or MissingDependencyError, with the reason, where there are none.
+    """
+
+    def apply(self) -> tuple[str, ...]:
+        """Put the kernels into the model; return notes for the plan. Raise UnsupportedError, the model unchanged."""
+        ...
+
+    def revert(self) -> None:
+        """Take the kernels out again, unless they are not in, or others asked for them too."""
+        ...
+
+
 def classify_by_patterns(info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
     """Give each module the role of the first matching pattern; a family's own map comes before the "*" map."""
     mine = [m for m in maps if m.backend == info.backend]

@@ -26,6 +26,7 @@ PACKAGES = (
     "trl",
     "datasets",
     "triton",
+    "liger_kernel",
     "safetensors",
     "huggingface_hub",
 )

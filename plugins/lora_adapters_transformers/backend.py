@@ -16,6 +16,9 @@ from . import example_inputs, roles, tasks
 
 if TYPE_CHECKING:
     from lora_adapters.adapter_file import AdapterFile
+    from lora_adapters.attach_plan import AttachPlan
+
+    from .liger import LigerKernels
 
 
 class TransformersBackend:
@@ -46,6 +49,12 @@ class TransformersBackend:
     def dense_modules(self, model: nn.Module) -> tuple[str, ...]:
         """Return patterns of modules that transformers itself keeps out of quantization."""
         return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+    def liger_kernels(self, model: nn.Module, plan: AttachPlan) -> LigerKernels:
+        """Return Liger's kernels for a model, not applied yet; see `liger.find_kernels`."""
+        from .liger import find_kernels
+
+        return find_kernels(model, plan)
 
     def unloaded(self, model: nn.Module) -> None:
         """Let a model whose adapters were merged forget the ties between weights that no longer hold."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGES = (
-    "torch transformers peft accelerate bitsandbytes diffusers timm trl datasets triton safetensors huggingface_hub"
+    "torch transformers peft accelerate bitsandbytes diffusers timm trl datasets triton liger_kernel safetensors "
+    "huggingface_hub"
 )
 FEATURES = (
     "dense adapters",
