@@ -82,13 +82,20 @@ def arithmetic(device: torch.device, long: torch.dtype, *short: torch.dtype) -> 
 
 
 @triton.jit
+def _cut(values):
+    """The upper half of fp32 values' bits as bf16, and what is left. Rounding would be better but is a slow instruction."""
+    bits = values.to(tl.uint32, bitcast=True)
+    rest = values - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), rest
+
+
+@triton.jit
 def _thirds(values):
     """Three bf16 values whose sum is an fp32 one."""
-    first = values.to(tl.bfloat16)
-    rest = values - first.to(tl.float32)
+    first, rest = _cut(values)
     rest = tl.where(rest == rest, rest, 0.0)  # infinity - infinity
-    second = rest.to(tl.bfloat16)
-    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    second, rest = _cut(rest)
+    third, _ = _cut(rest)
     return first, second, third
 
 
@@ -292,16 +299,12 @@ def _down_grad_kernel(
 def down_tile(tokens: int, features: int, rank: int, how: Arithmetic, known: DeviceFacts) -> Tile:
     """Return the tile of `down`: few tokens, so that all processors have work, and long pieces of their rows."""
     ranks = block_of(rank, 16, _MOST_RANKS)
-    if ranks > FUSED_RANK:
-        rows, cols = 64, 32
-    else:
-        # a is read again for each tile; 32 rows make that as much as x's bytes at rank 16: the cache can carry it.
-        rows = 32 if 4 * ceil_div(tokens, 32) >= 3 * known.processors else 16
-        cols = 128
-    cols = block_of(features, 16, cols)
+    # a is read, and cut in thirds, again for each tile of rows.
+    rows = 64 if tokens > 16 * known.processors else 16
+    cols = block_of(features, 16, 128 if ranks <= FUSED_RANK and how.long_bytes == 2 else 32)
     programs = ceil_div(tokens, rows) * ceil_div(rank, ranks)
     # Only long rows are cut: adding the parts is a launch of its own.
-    parts = max(1, min(known.processors // programs, features // 2048))
+    parts = max(1, min(2 * known.processors // programs, features // 1024))
     return Tile(rows, cols, ranks, parts, 4, known.stages(rows * cols * how.long_bytes + ranks * cols * 4))
 
 
@@ -314,7 +317,7 @@ def up_grads_tile(tokens: int, features: int, rank: int, how: Arithmetic, known:
     """Return the tile of `up_grads`: many columns, because there is a part of dh for each tile of columns."""
     ranks = block_of(rank, 16, FUSED_RANK)
     rows, most = (64, 256) if how.long_bytes == 2 else (32, 128)
-    cols = block_of(features, 16, most)
+    cols = block_of(features, 16, most // 2 if how.thirds else most)
     parts = _parts(tokens, rows, ceil_div(features, cols), 3 * known.processors // 2)
     return Tile(rows, cols, ranks, parts, 4, known.stages(rows * cols * how.long_bytes + rows * ranks * 4))
 
