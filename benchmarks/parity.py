@@ -292,7 +292,7 @@ def draw(alone: list[float], found: dict[str, dict[str, list[float]]], path: Pat
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _smooth(values: list[float]) -> list[float]:
