@@ -134,12 +134,22 @@ class FusedLinear(FusedForward):
     siblings: SiblingGroup | None = None
 
     def _fused_forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
-        if self.siblings is None or torch.compiler.is_compiling():  # compiled code joins what it can by itself
+        if self.siblings is None or not self._shares(x):
             return self.alone(x, names)
         if not torch.is_grad_enabled():  # then nothing is saved by computing together
             self.siblings.decide()
             return self.alone(x, names)
         return self.siblings.call(self, x, names)
+
+    def _shares(self: Any, x: torch.Tensor) -> bool:
+        """Return True if computing with siblings could save anything: not in compiled code, which joins what it can.
+
+        Off the CPU dense layers are computed by torch's operations, and share no more than a cast of x.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        weight = self._modules["base_layer"]._parameters.get("weight")
+        return x.device.type == "cpu" or weight is None or weight.dtype is not x.dtype
 
     def alone(self: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         """Return the layer's output for x, None where only PEFT's forward is exact."""

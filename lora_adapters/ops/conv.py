@@ -7,8 +7,9 @@ update B A has the shape of W and can be merged into it; where A spans all input
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .autocast import no_autocast
 from .differentiable import once_differentiable
 from .dropout import draw_masks, kept_scalings
 from .factors import Stack
-from .frozen import FrozenWeight
+from .frozen import Dense, FrozenWeight
 from .linear import Dtypes
 
 
@@ -99,6 +100,8 @@ class _Conv(torch.autograd.Function):
         kept: torch.Tensor | None,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
+        if not layer.merged and _merging_is_cheaper(x, layer, dtypes):
+            layer = replace(layer, merged=True)
         ctx.layer, ctx.dtypes, ctx.dtype, ctx.draw = layer, dtypes, x.dtype, None
         ctx.addend_dtype = None if addend is None else addend.dtype
         with no_autocast(x.device.type):
@@ -163,6 +166,20 @@ class _Conv(torch.autograd.Function):
                 daddend = (dy if layer.weight is None else dy.sum(sums)).to(ctx.addend_dtype)
             dx = dx.to(ctx.dtype) if dx is not None and needs[0] else None
         return (dx, None, None, daddend, None, *own)
+
+
+#: Positions for each output channel from which merging an fp32 weight costs less than three more convolutions with A.
+_POSITIONS = 4
+
+
+def _merging_is_cheaper(x: torch.Tensor, layer: Layer, dtypes: Dtypes) -> bool:
+    """Return True where W + B A is worth making for one call: W is fp32, which holds the sum, and the image is large."""
+    exact = isinstance(layer.weight, Dense) and layer.weight.weight.dtype is dtypes.base is torch.float32
+    if not exact or x.device.type != "cpu" or not layer.shared or layer.dropouts:
+        return False
+    out, width = layer.weight.weight.shape[:2]  # type: ignore[union-attr]
+    positions = x.numel() // (width * layer.geometry.groups * math.prod(layer.geometry.stride))
+    return positions >= _POSITIONS * out
 
 
 def _kernels(a: torch.Tensor, layer: Layer, kernel: torch.Size) -> torch.Tensor:
