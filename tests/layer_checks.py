@@ -9,6 +9,9 @@ from torch import nn
 
 import lora_adapters as la
 
+#: Where the layers run; tests/gpu/test_layers_gpu.py runs the same tests on a GPU.
+DEVICE = "cpu"
+
 
 def adapted(module, dropouts=(0.0,), ranks=(5, 3, 2), quantization=None, values=True, **options):
     """Return a model around one adapted module, and its LoRA layer: one adapter for each dropout, all active."""
@@ -21,7 +24,7 @@ def adapted(module, dropouts=(0.0,), ranks=(5, 3, 2), quantization=None, values=
     model[0].set_adapter(names)
     if values:
         perturb(model)
-    return model, model[0]
+    return model.to(DEVICE), model[0]
 
 
 def stock_class(layer):
@@ -41,13 +44,15 @@ def outcome(model, x, train=True, seed=0, auto=None, x_grad=True):
     model.train(train)
     model.zero_grad()
     torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    x = x.detach().to(device)
     if x.is_floating_point():
-        x = x.detach().requires_grad_(x_grad)
-    with torch.autocast("cpu", dtype=auto, enabled=auto is not None):
+        x = x.requires_grad_(x_grad)
+    with torch.autocast(device.type, dtype=auto, enabled=auto is not None):
         y = model(x)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     if y.requires_grad:
-        y.backward(dy.to(y.dtype))
+        y.backward(dy.to(device, y.dtype))
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {"y": y.detach(), "x": x.grad, **found}
 
