@@ -1,13 +1,15 @@
 """One kernel that writes the effective weight: round(dequant(W) + scaling * B @ A), W in NF4 or FP4.
 
-It reads the packed weight once and writes the result once, so it costs what dequantizing alone costs: on an H100, in
-bf16 at rank 16, 0.03 ms for 4096 x 4096. A tile is a few rows by 128 columns, because packed blocks run along rows.
+It reads the packed weight once and writes the result once. What bounds it besides memory is the number of instructions
+for each value, so words of eight values are decoded where they lie in a thread, and a program works down several tiles
+of the same columns: it keeps its part of A, and asks for the next tile before it decodes this one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,25 +17,72 @@ import triton.language as tl
 
 from ...errors import RequestError
 from ...weights import primitives
-from .launching import block_of, ceil_div, facts, register, start, unit_stride, written
+from .launching import TRITON_DTYPES, block_of, ceil_div, facts, register, start, unit_stride, written
 
-NESTED_BLOCKSIZE = tl.constexpr(primitives.NESTED_BLOCKSIZE)
+NESTED_BITS = tl.constexpr(primitives.NESTED_BLOCKSIZE.bit_length() - 1)
 
 
 @triton.jit
-def _maxima(
-    absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, block, inside, NESTED: tl.constexpr
-):  # (any shape) int64 block numbers -> fp32 maxima
+def _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED: tl.constexpr):
+    """What the maxima of these blocks are made of: an index and a scale if nested."""
+    first = tl.load(absmax_ptr + block, mask=inside, other=0)
+    second = first
     if NESTED:
-        index = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(absmax2_ptr + block // NESTED_BLOCKSIZE, mask=inside, other=0.0)
-        return tl.load(code2_ptr + index) * scale + tl.load(offset_ptr)
-    else:
-        return tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        second = tl.load(absmax2_ptr + (block >> NESTED_BITS), mask=inside, other=0.0)
+    return first, second
 
 
 @triton.jit
-def _dequantize_merge_kernel(
+def _maxima(first, second, code2_ptr, offset, NESTED: tl.constexpr):
+    if NESTED:
+        return tl.load(code2_ptr + first.to(tl.int32)) * second + offset
+    else:
+        return first
+
+
+@triton.jit
+def _factor(values, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A factor as it is multiplied. The products of tf32 would cut fp32 values; here they are rounded."""
+    values = values.to(DTYPE)
+    if PRECISION == "tf32":
+        rounded = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        values = tl.where(values == values, rounded, values)
+    return values
+
+
+@triton.jit
+def _table(code_ptr, word, LOOKUP: tl.constexpr):
+    """What `_looked_up` looks into: a value of the code in each thread of a half-warp, or all sixteen."""
+    if LOOKUP == "shuffle":
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.load(code_ptr + (lane & 15))
+    else:
+        return tl.load(code_ptr + tl.arange(0, 16))
+
+
+@triton.jit
+def _looked_up(word, code_ptr, table, LOOKUP: tl.constexpr):
+    """Words (rows, words) of eight values in 4 bits -> their values (rows, words, 8) of the code."""
+    order = tl.arange(0, 8)
+    shifted = word[:, :, None] >> ((order // 2) * 8 + 4 - (order % 2) * 4)[None, None, :]
+    if LOOKUP == "shuffle":
+        return tl.inline_asm_elementwise(  # which looks at the last four bits of the index only
+            "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
+            "=r,r,r",
+            [tl.broadcast_to(table[:, :, None], shifted.shape), shifted],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    elif LOOKUP == "gather":
+        flat = tl.reshape(shifted & 15, (shifted.shape[0] * shifted.shape[1] * 8,))
+        return tl.reshape(tl.gather(table, flat, 0), shifted.shape)
+    else:
+        return tl.load(code_ptr + (shifted & 15))
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _words_kernel(
     packed_ptr,  # uint8, two values a byte, the first one in the high half
     absmax_ptr,  # fp32, or uint8 if NESTED
     code_ptr,  # fp32 (16,)
@@ -44,89 +93,235 @@ def _dequantize_merge_kernel(
     b_ptr,  # (out, rank)
     weight_ptr,  # (out, inn) contiguous
     out,
-    inn,
-    row_bytes,  # inn // 2, given apart so that its divisibility is known
+    inn,  # a multiple of 8: a word lies in one row, and in one block
+    row_words,  # inn // 8, given apart so that its divisibility is known
     rank,
     a_stride,
     b_stride,
     scaling,
-    BLOCKSIZE: tl.constexpr,
+    steps,  # tiles of one program, one below the other
+    BLOCK_BITS: tl.constexpr,
     NESTED: tl.constexpr,
-    GROUP: tl.constexpr,  # columns that share a maximum; 0: no such grouping
     MERGE: tl.constexpr,
-    WIDE: tl.constexpr,  # multiply as fp32
+    ONCE: tl.constexpr,  # all ranks at a time
+    LONG: tl.constexpr,  # 2^31 values or more
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANKS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    AHEAD: tl.constexpr,  # ask for the next tile before this one is decoded
+):
+    across = tl.cdiv(inn, COLS)
+    row0 = (tl.program_id(0) // across) * (ROWS * steps)
+    col0 = (tl.program_id(0) % across) * COLS
+    cols = col0 + tl.arange(0, COLS)
+    col_inside = cols < inn
+    words = tl.arange(0, COLS // 8)
+    word_inside = (col0 + words * 8 < inn)[None, :]
+    rows = row0 + tl.arange(0, ROWS)
+    end = tl.minimum(row0 + ROWS * steps, out)
+    ranks = tl.arange(0, RANKS)
+    if LONG:
+        corner = row0.to(tl.int64) * inn + col0
+    else:
+        corner = row0 * inn + col0
+    # From the corner of a tile: the same for all tiles.
+    local_rows = tl.arange(0, ROWS)[:, None]
+    word_place = local_rows * row_words + words[None, :]
+    place = local_rows * inn + tl.arange(0, COLS)[None, :]
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+    a = tl.zeros((RANKS, COLS), DTYPE)
+    if MERGE and ONCE:
+        a_inside = (ranks < rank)[:, None] & col_inside[None, :]
+        a = tl.load(a_ptr + ranks.to(tl.int64)[:, None] * a_stride + cols[None, :], mask=a_inside, other=0.0)
+        a = _factor(a, DTYPE, PRECISION)
+
+    offset = tl.load(offset_ptr)
+    inside = (rows < out)[:, None] & word_inside
+    word = tl.load(words_ptr + (corner >> 3) + word_place, mask=inside, other=0)
+    block = (corner + word_place * 8) >> BLOCK_BITS
+    first, second = _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED)
+    table = _table(code_ptr, word, LOOKUP)
+    for _ in tl.range(0, steps, num_stages=1):
+        row_inside = (rows < out)[:, None]
+        if MERGE and ONCE:
+            b_inside = row_inside & (ranks < rank)[None, :]
+            b = tl.load(b_ptr + rows.to(tl.int64)[:, None] * b_stride + ranks[None, :], mask=b_inside, other=0.0)
+        maxima = _maxima(first, second, code2_ptr, offset, NESTED)
+        this, here = word, corner
+        rows += ROWS
+        corner += ROWS * inn
+        if AHEAD:
+            inside = (rows < end)[:, None] & word_inside
+            word = tl.load(words_ptr + (corner >> 3) + word_place, mask=inside, other=0)
+            block = (corner + word_place * 8) >> BLOCK_BITS
+            first, second = _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED)
+        base = _looked_up(this, code_ptr, table, LOOKUP) * maxima[:, :, None]
+        base = tl.reshape(base, (ROWS, COLS))
+        if MERGE:
+            change = tl.zeros((ROWS, COLS), tl.float32)
+            if ONCE:
+                change = tl.dot(_factor(b, DTYPE, PRECISION), a, change, input_precision=PRECISION)
+            else:
+                for start in range(0, rank, RANKS):
+                    more = start + ranks
+                    b_inside = row_inside & (more < rank)[None, :]
+                    a_inside = (more < rank)[:, None] & col_inside[None, :]
+                    b_rows = b_ptr + (rows - ROWS).to(tl.int64)[:, None] * b_stride
+                    b = tl.load(b_rows + more[None, :], mask=b_inside, other=0.0)
+                    a_rows = a_ptr + more.to(tl.int64)[:, None] * a_stride
+                    a = _factor(tl.load(a_rows + cols[None, :], mask=a_inside, other=0.0), DTYPE, PRECISION)
+                    change = tl.dot(_factor(b, DTYPE, PRECISION), a, change, input_precision=PRECISION)
+            base = tl.fma(change, tl.zeros_like(change) + scaling, base)
+        value = base.to(weight_ptr.dtype.element_ty)
+        tl.store(weight_ptr + here + place, value, mask=row_inside & col_inside[None, :])
+        if not AHEAD:
+            inside = (rows < end)[:, None] & word_inside
+            word = tl.load(words_ptr + (corner >> 3) + word_place, mask=inside, other=0)
+            block = (corner + word_place * 8) >> BLOCK_BITS
+            first, second = _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED)
+
+
+@triton.jit
+def _values_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    absmax2_ptr,
+    code2_ptr,
+    offset_ptr,
+    a_ptr,
+    b_ptr,
+    weight_ptr,
+    out,
+    inn,
+    rank,
+    a_stride,
+    b_stride,
+    scaling,
+    BLOCK_BITS: tl.constexpr,
+    NESTED: tl.constexpr,
+    MERGE: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
+    """The same for rows that are no multiple of 8 long, or bytes that start between words: value by value."""
     across = tl.cdiv(inn, COLS)
-    row0 = (tl.program_id(0) // across) * ROWS
-    col0 = (tl.program_id(0) % across) * COLS
-    rows = row0 + tl.arange(0, ROWS)
-    cols = col0 + tl.arange(0, COLS)
+    rows = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % across) * COLS + tl.arange(0, COLS)
     wide_rows = rows.to(tl.int64)
     index = wide_rows[:, None] * inn + cols[None, :]
     inside = (rows < out)[:, None] & (cols < inn)[None, :]
-
-    # What the base is made of is asked for first and decoded last, so that it arrives while B @ A is computed.
-    if GROUP > 0:
-        # inn is a multiple of GROUP, which divides BLOCKSIZE: each group lies in one row and has one maximum.
-        groups = tl.arange(0, COLS // GROUP)
-        group_cols = col0 + groups * GROUP
-        group_inside = (rows < out)[:, None] & (group_cols < inn)[None, :]
-        position = (wide_rows * row_bytes)[:, None] + (col0 // COLS * (COLS // 2) + groups * (GROUP // 2))[None, :]
-        position = position[:, :, None] + tl.arange(0, GROUP // 2)[None, None, :]
-        pair = tl.load(packed_ptr + position, mask=group_inside[:, :, None], other=0)
-        block = (wide_rows[:, None] * inn + group_cols[None, :]) // BLOCKSIZE
-        maxima = _maxima(absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, block, group_inside, NESTED)
-    else:
-        pair = tl.load(packed_ptr + index // 2, mask=inside, other=0)
-        maxima = _maxima(absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, index // BLOCKSIZE, inside, NESTED)
-
-    change = tl.zeros((ROWS, COLS), tl.float32)
+    pair = tl.load(packed_ptr + (index >> 1), mask=inside, other=0)
+    first, second = _statistics(absmax_ptr, absmax2_ptr, index >> BLOCK_BITS, inside, NESTED)
+    value = tl.where(index % 2 == 0, pair >> 4, pair & 15)
+    offset = tl.load(offset_ptr)
+    base = tl.load(code_ptr + value.to(tl.int32)) * _maxima(first, second, code2_ptr, offset, NESTED)
     if MERGE:
+        change = tl.zeros((ROWS, COLS), tl.float32)
         for start in range(0, rank, RANKS):
             ranks = start + tl.arange(0, RANKS)
             b_inside = (rows < out)[:, None] & (ranks < rank)[None, :]
             a_inside = (ranks < rank)[:, None] & (cols < inn)[None, :]
             b = tl.load(b_ptr + wide_rows[:, None] * b_stride + ranks[None, :], mask=b_inside, other=0.0)
             a = tl.load(a_ptr + ranks.to(tl.int64)[:, None] * a_stride + cols[None, :], mask=a_inside, other=0.0)
-            if WIDE:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            change = tl.dot(b, a, change, input_precision=PRECISION)
-
-    if GROUP > 0:
-        first = tl.load(code_ptr + (pair >> 4).to(tl.int32)) * maxima[:, :, None]
-        second = tl.load(code_ptr + (pair & 15).to(tl.int32)) * maxima[:, :, None]
-        base = tl.reshape(tl.interleave(first, second), (ROWS, COLS))
-    else:
-        value = tl.where(index % 2 == 0, pair >> 4, pair & 15)
-        base = tl.load(code_ptr + value.to(tl.int32)) * maxima
-    if MERGE:
-        base = base + scaling * change
-
+            a = _factor(a, DTYPE, PRECISION)
+            change = tl.dot(_factor(b, DTYPE, PRECISION), a, change, input_precision=PRECISION)
+        base = tl.fma(change, tl.zeros_like(change) + scaling, base)
     tl.store(weight_ptr + index, base.to(weight_ptr.dtype.element_ty), mask=inside)
 
 
 class Tile(NamedTuple):
-    """What one program of the kernel works on: rows x cols of the weight, `ranks` of B @ A at a time."""
+    """What one program of the kernel works on: rows x cols of the weight at a time, `ranks` of B @ A at a time.
+
+    Attributes:
+        programs: how many programs there should be for each processor; each takes several tiles, one below the other.
+        lookup: how the code is looked up: "memory", "gather" or "shuffle".
+        ahead: ask for the next tile before this one is decoded.
+    """
 
     rows: int
     cols: int
     ranks: int
     warps: int
     stages: int
+    programs: int
+    lookup: str
+    ahead: bool
 
 
 def choose_tile(rank: int, wide: bool, capability: tuple[int, int]) -> Tile:
     """Return the tile for a rank (0: dequantize only). A table and no search: nothing is timed at run time."""
     if rank <= 64 or capability < (8, 0):
         # 7.5 has 64 KiB of shared memory, too little for the large tile.
-        return Tile(32, 128, block_of(rank, 16, 32), 4, 2)
+        return Tile(32, 128, block_of(rank, 16, 32 if capability < (8, 0) else 64), 4, 2, 4, "gather", True)
     # The larger the tile, the less often A and B are read again.
-    return Tile(128, 128, 32 if wide else 64, 8, 2)
+    return Tile(128, 128, 32 if wide else 64, 8, 2, 1 << 20, "gather", False)
+
+
+class Plan(NamedTuple):
+    """What a launch needs and does not depend on values or addresses."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    after: tuple[int, ...]
+    settings: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device,
+    out: int,
+    inn: int,
+    rank: int,
+    blocksize: int,
+    nested: bool,
+    words: bool,
+    factor: torch.dtype | None,
+    dtype: torch.dtype,
+    tile: Tile | None,
+) -> Plan:
+    """Return how to launch: `words` if packed values can be read as words, `factor` is what factors are multiplied as."""
+    known = facts(device)
+    wide = factor is not None and not known.multiplies(factor)
+    tile = tile or choose_tile(rank, wide, known.capability)
+    precision = "ieee"
+    if wide and known.capability >= (8, 0):
+        # Rounding to bf16 loses eight times as much of the sum as tf32 loses of the update.
+        precision = "tf32" if dtype == torch.bfloat16 else "tf32x3"
+    settings: dict[str, Any] = dict(
+        BLOCK_BITS=blocksize.bit_length() - 1,
+        NESTED=nested,
+        MERGE=rank > 0,
+        DTYPE=tl.float32 if wide or factor is None else TRITON_DTYPES[factor],
+        PRECISION=precision,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        RANKS=tile.ranks,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        # bitsandbytes rounds the product before it adds the offset.
+        enable_fp_fusion=False,
+    )
+    down, across = ceil_div(out, tile.rows), ceil_div(inn, tile.cols)
+    if not words:
+        return Plan(_values_kernel, (down * across,), (out, inn, rank), (), settings)
+    steps = max(1, down * across // (tile.programs * known.processors))
+    settings |= dict(
+        ONCE=rank <= tile.ranks,
+        LONG=(ceil_div(down, steps) + 1) * steps * tile.rows * inn >= 1 << 31,
+        LOOKUP=tile.lookup,
+        AHEAD=tile.ahead,
+    )
+    grid = (ceil_div(down, steps) * across,)
+    return Plan(_words_kernel, grid, (out, inn, inn // 8, rank), (steps,), settings)
 
 
 def launch(
@@ -143,6 +338,7 @@ def launch(
     b: torch.Tensor | None,
     scaling: float,
     dtype: torch.dtype,
+    multiply: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Run the kernel. `tile` is for measuring; see `dequantize_merge` for the rest."""
@@ -152,61 +348,34 @@ def launch(
         return weight.to(dtype)
     packed = packed.contiguous()
     packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
-    nested = absmax2 is not None
-    if offset is not None:
-        offset = offset.to(device=device, dtype=torch.float32)
-    known = facts(device)
-    rank, wide, a_stride, b_stride = 0, False, 0, 0
+    second = (absmax, code, code)
+    if absmax2 is not None and code2 is not None and offset is not None:
+        second = (absmax2, code2, offset.to(device=device, dtype=torch.float32))
+    rank, factor, strides = 0, None, (0, 0)
     if a is not None and b is not None:
         a, b = unit_stride(a), unit_stride(b)
-        rank, a_stride, b_stride = a.shape[0], a.stride(0), b.stride(0)
-        wide = not known.multiplies(a.dtype, b.dtype)
-    tile = tile or choose_tile(rank, wide, known.capability)
-    group = min(blocksize, tile.cols)
-    start(
-        _dequantize_merge_kernel,
-        (ceil_div(out, tile.rows) * ceil_div(inn, tile.cols),),
-        packed,
-        absmax,
-        code,
-        absmax2 if nested else absmax,
-        code2 if nested else code,
-        offset if nested else code,
-        a if rank else code,
-        b if rank else code,
-        weight,
-        out,
-        inn,
-        inn // 2,
-        rank,
-        a_stride,
-        b_stride,
-        scaling,
-        BLOCKSIZE=blocksize,
-        NESTED=nested,
-        GROUP=group if inn % group == 0 else 0,
-        MERGE=rank > 0,
-        WIDE=wide,
-        PRECISION=known.precision if wide else "ieee",
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        RANKS=tile.ranks,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        # bitsandbytes rounds the product before it adds the offset.
-        enable_fp_fusion=False,
-    )
+        if multiply is not None and (a.dtype is not multiply or b.dtype is not multiply):
+            if not facts(device).multiplies(multiply):
+                a, b = a.to(multiply), b.to(multiply)
+            factor = multiply
+        else:
+            factor = a.dtype if a.dtype is b.dtype else torch.float32
+        rank, strides = a.shape[0], (a.stride(0), b.stride(0))
+    words = inn % 8 == 0 and packed.data_ptr() % 4 == 0
+    plan = _plan(device, out, inn, rank, blocksize, absmax2 is not None, words, factor, dtype, tile)
+    operands = (absmax, code, *second, code if a is None else a, code if b is None else b, weight)
+    start(plan.kernel, plan.grid, packed, *operands, *plan.sizes, *strides, scaling, *plan.after, **plan.settings)
     return weight.to(dtype)
 
 
-def _fake(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype):
+def _fake(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply=None):
     return packed.new_empty((out, inn), dtype=dtype)
 
 
 _operator = register(
     "triton_dequantize_merge(Tensor packed, Tensor absmax, Tensor code, Tensor? absmax2, Tensor? code2, "
-    "Tensor? offset, int blocksize, SymInt out, SymInt inn, Tensor? a, Tensor? b, float scaling, ScalarType dtype)"
-    " -> Tensor",
+    "Tensor? offset, int blocksize, SymInt out, SymInt inn, Tensor? a, Tensor? b, float scaling, ScalarType dtype, "
+    "ScalarType? multiply) -> Tensor",
     launch,
     _fake,
 )
@@ -224,6 +393,7 @@ def dequantize_merge(
     b: torch.Tensor | None,
     scaling: float,
     dtype: torch.dtype,
+    multiply: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the effective weight round(dequant(W) + scaling * b @ a), rounded once, from fp32.
 
@@ -238,10 +408,12 @@ def dequantize_merge(
         quant_type: "nf4" or "fp4"; the kernel knows the packing of no other format.
         shape: (out, inn); a convolution's is (out, in / groups * kernel size).
         a: (rank, inn) fp32, bf16 or fp16, or None with b.
-        b: (out, rank) fp32, bf16 or fp16. Two factors of one 16-bit dtype are multiplied as they are, others in fp32
-            (as three tf32 products from compute capability 8.0 on); accumulated in fp32 always.
+        b: (out, rank) fp32, bf16 or fp16. Two factors of one 16-bit dtype are multiplied as they are, others in fp32:
+            from compute capability 8.0 on as three tf32 products, or as one where the result is bf16. Accumulated in
+            fp32 always.
         scaling: factor of b @ a.
         dtype: fp32, bf16 or fp16.
+        multiply: the dtype that both factors are rounded to before they are multiplied, as autocast would; None: none.
 
     Returns:
         (out, inn) of `dtype`, contiguous.
@@ -251,7 +423,7 @@ def dequantize_merge(
     """
     primitives.check_settings(quant_type, blocksize)
     out, inn = shape
-    for kind in (dtype, *(factor.dtype for factor in (a, b) if factor is not None)):
+    for kind in (dtype, multiply or dtype, *(factor.dtype for factor in (a, b) if factor is not None)):
         if kind not in primitives.FLOATS:
             raise RequestError(f"The effective weight and its factors can be fp32, bf16 or fp16, not {kind}.")
     if packed.numel() * packed.element_size() < (out * inn + 1) // 2:
@@ -265,4 +437,4 @@ def dequantize_merge(
     if a is not None and b is not None and (a.shape[1] != inn or b.shape != (out, a.shape[0])):
         raise RequestError(f"LoRA factors {tuple(a.shape)} and {tuple(b.shape)} don't fit a weight of {out} x {inn}.")
     absmax2, code2, offset = nested or (None, None, None)
-    return _operator(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype)
+    return _operator(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply)

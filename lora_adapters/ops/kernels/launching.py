@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Registered here and not with torch.library.custom_op, which costs every call several times as much Python.
 _LIBRARY = torch.library.Library("lora_adapters", "FRAGMENT")
 

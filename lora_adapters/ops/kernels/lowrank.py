@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ...errors import RequestError
 from ...weights.primitives import FLOATS
-from .launching import DeviceFacts, block_of, ceil_div, facts, register, start, unit_stride, written
+from .launching import TRITON_DTYPES, DeviceFacts, block_of, ceil_div, facts, register, start, unit_stride, written
 from .partial_sums import sum_parts
 
 #: Up to this rank `up_grads` is one kernel.
@@ -65,14 +65,11 @@ class Arithmetic(NamedTuple):
     long_bytes: int
 
 
-_TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
 def arithmetic(device: torch.device, long: torch.dtype, *short: torch.dtype) -> Arithmetic:
     """Return how a long operand is multiplied with short ones."""
     known = facts(device)
     if known.multiplies(long, *short):
-        return Arithmetic(False, _TRITON[long], "ieee", 2)
+        return Arithmetic(False, TRITON_DTYPES[long], "ieee", 2)
     if long == torch.bfloat16 and all(dtype == torch.float32 for dtype in short):
         if long in known.tensor_dtypes:
             return Arithmetic(True, tl.bfloat16, "ieee", 2)

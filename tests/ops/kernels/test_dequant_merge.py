@@ -21,10 +21,10 @@ class Packed:
         state = self.state
         return (state.state2.absmax, state.state2.code, state.offset) if state.nested else None
 
-    def kernel(self, a, b, scaling, dtype):
+    def kernel(self, a, b, scaling, dtype, multiply=None):
         s = self.state
         settings = (s.absmax, s.code, self.nested(), s.blocksize, s.quant_type, self.shape)
-        return kernels.dequantize_merge(self.packed, *settings, a, b, scaling, dtype)
+        return kernels.dequantize_merge(self.packed, *settings, a, b, scaling, dtype, multiply)
 
     def dequantized(self, dtype):
         return primitives.dequantize(self.packed, self.state, self.shape, dtype)
@@ -51,6 +51,15 @@ def assert_merged(weight, reference, dtype):
         assert (weight != reference).float().mean() < 0.02
 
 
+def assert_merged_in_tf32(weight, reference, a, b, scaling):
+    """The same in bf16, of an update whose fp32 factors were rounded to 11 bits."""
+    update = abs(scaling) * (b.double().abs() @ a.double().abs())
+    bound = 2**-8 * reference.double().abs() + 2**-10 * update + 1e-5
+    assert ((weight.double() - reference.double()).abs() <= bound).all()
+    assert (weight.double() - reference.double()).mean().abs() < 2**-14
+    assert (weight != reference).float().mean() < 0.15
+
+
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(
@@ -70,7 +79,11 @@ def test_without_factors_it_is_what_bitsandbytes_dequantizes(device, out, inn, b
 def test_the_update_is_added_in_fp32_and_rounded_once(device, out, inn, rank, dtype, a_dtype, b_dtype):
     weight = Packed(device, out, inn)
     a, b = factors(device, out, inn, rank, a_dtype, b_dtype)
-    assert_merged(weight.kernel(a, b, -0.75, dtype), weight.merged(a, b, -0.75, dtype), dtype)
+    merged, reference = weight.kernel(a, b, -0.75, dtype), weight.merged(a, b, -0.75, dtype)
+    if dtype == torch.bfloat16 and torch.float32 in (a_dtype, b_dtype):
+        assert_merged_in_tf32(merged, reference, a, b, -0.75)
+    else:
+        assert_merged(merged, reference, dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 17, 48, 64, 65, 100, 512])
@@ -79,6 +92,40 @@ def test_every_rank(device, rank, dtype):
     weight = Packed(device, 40, 160)
     a, b = factors(device, 40, 160, rank, dtype)
     assert_merged(weight.kernel(a, b, 0.5, dtype), weight.merged(a, b, 0.5, dtype), dtype)
+
+
+@pytest.mark.parametrize("a_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("multiply", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inn", [192, 75])
+def test_factors_may_be_rounded_before_they_are_multiplied(device, inn, multiply, a_dtype):
+    """As autocast rounds them, without a kernel for each cast."""
+    weight = Packed(device, 33, inn)
+    a, b = factors(device, 33, inn, 5, a_dtype, torch.float32)
+    rounded = weight.kernel(a.to(multiply), b.to(multiply), 2.0, torch.bfloat16)
+    assert torch.equal(weight.kernel(a, b, 2.0, torch.bfloat16, multiply), rounded)
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+@pytest.mark.parametrize("out, inn, rank", [(200, 200, 6), (129, 136, 40), (96, 256, 0)])
+def test_a_program_that_works_down_several_tiles(device, out, inn, rank, programs):
+    from lora_adapters.ops.kernels import dequant_merge as module
+
+    weight = Packed(device, out, inn)
+    a, b = factors(device, out, inn, rank, torch.float32) if rank else (None, None)
+    reference = weight.merged(a, b, 0.5, torch.float32) if rank else weight.dequantized(torch.float32)
+    tile = module.choose_tile(rank, True, (9, 0))._replace(rows=16, cols=32, ranks=16, programs=programs)
+    state = weight.state
+    settings = (state.absmax, state.code, *weight.nested(), 64, out, inn, a, b, 0.5, torch.float32)
+    assert_merged(module.launch(weight.packed, *settings, tile=tile), reference, torch.float32)
+
+
+def test_bytes_that_start_between_words(device):
+    weight = Packed(device, 8, 64)
+    apart = torch.cat([weight.packed.new_zeros(1), weight.packed.view(-1)])[1:]
+    assert apart.data_ptr() % 4
+    expected = weight.dequantized(torch.float16)
+    weight.packed = apart
+    assert torch.equal(weight.kernel(None, None, 1.0, torch.float16), expected)
 
 
 def test_factors_may_be_strided(device):
@@ -140,6 +187,8 @@ def test_what_does_not_fit_is_refused(device):
         weight.kernel(a, b, 1.0, torch.int32)
     with pytest.raises(RequestError, match="float64"):
         weight.kernel(a.double(), b, 1.0, torch.float32)
+    with pytest.raises(RequestError, match="int8"):
+        weight.kernel(a, b, 1.0, torch.float32, torch.int8)
     weight.state.absmax = weight.state.absmax[:15]
     with pytest.raises(RequestError, match="block maxima"):
         weight.kernel(a, b, 1.0, torch.float32)
