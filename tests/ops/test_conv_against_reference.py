@@ -119,6 +119,17 @@ def test_convolution(case):
         assert_close(mine, expected, 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["split", "merged"])
+def test_a_weight_in_channels_last(kind):
+    """The matrix that the update is added to is then a copy of the weight."""
+    x, weight, addend, factors, geometry, _ = build(PLAIN | {"kind": kind})
+    own = Geometry(*(tuple(geometry[key]) for key in ("stride", "padding", "dilation")), 1)
+    want = reference.conv(x, weight, addend, [(*factors, 0.5, None)], **geometry)
+    last = Dense(weight.contiguous(memory_format=torch.channels_last))
+    layer = Layer(last, kind == "merged", own, own, 1, True, (0.5,), WIDE)
+    assert_close(lora_conv(x, layer, addend, factors, Dtypes(WIDE, WIDE)), want, 1e-9)
+
+
 def test_factors_that_are_not_shared_by_the_groups():
     """Stock PEFT's form: A spans all input channels, each group of output channels has its own part of the rank."""
     generator = torch.Generator().manual_seed(0)
@@ -166,9 +177,9 @@ def test_embedding(shape, adapters, padding_idx, kind, wants):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_a_frequent_row_is_not_summed_in_16_bits(dtype):
-    """Where autocast computes in 16 bits: a sum of 4000 terms stops growing long before its end."""
-    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(4, 2, requires_grad=True)
-    index = torch.zeros(4000, dtype=torch.int64)
-    y = lora_embedding(torch.zeros(4000, 4), index, [a, b], [1.0], dtype)
+    """Where autocast computes in 16 bits: a sum of many small terms stops growing long before its end."""
+    a, b = torch.ones(2, 3, requires_grad=True), torch.full((4, 2), 1.25, requires_grad=True)
+    index = torch.tensor([0, 1]).repeat_interleave(4000)
+    y = lora_embedding(torch.zeros(8000, 4), index, [a, b], [1.0], dtype)
     y.sum().backward()
-    assert a.grad[:, 0].tolist() == [16000.0, 16000.0]
+    assert a.grad[:, :2].tolist() == [[20000.0] * 2] * 2

@@ -9,6 +9,7 @@ from reference_checks import assert_close, gradients, randn, scalings
 from lora_adapters.ops import lowrank, reference
 from lora_adapters.ops.frozen import Dense
 from lora_adapters.ops.linear import Dtypes, Member, lora_linear
+from lora_adapters.ops.plain import is_plain, plain_linear
 from lora_adapters.ops.single import single_linear
 
 KINDS = ("split", "merged", "beside", "transposed")
@@ -79,11 +80,24 @@ def alone(x, layer, base=None, low=None):
     return single_linear(x, frozen(kind, weight), kind == "merged", addend, *factors, *settings)
 
 
-def ours(x, layers, dtypes=None):
+def arguments(x, layers, dtypes=None):
     members = [Member(frozen(k, weight), k == "merged", tuple(s), x.dtype) for k, weight, _, _, s in layers]
     addends = [addend for _, _, addend, _, _ in layers]
     factors = [t for _, _, _, pair, _ in layers for t in pair]
-    return lora_linear(x, members, addends, factors, dtypes or Dtypes(x.dtype, x.dtype))
+    return x, members, addends, factors, dtypes or Dtypes(x.dtype, x.dtype)
+
+
+def ours(x, layers, dtypes=None):
+    return lora_linear(*arguments(x, layers, dtypes))
+
+
+def others(x, layers):
+    """The outputs of the shorter functions, where they may be chosen."""
+    if is_single(layers):
+        yield [alone(x, layers[0])]
+    _, members, addends, factors, dtypes = arguments(x, layers)
+    if is_plain(members, factors, dtypes):
+        yield plain_linear(x, members, addends, factors, dtypes)
 
 
 def oracle(x, layers):
@@ -115,6 +129,7 @@ def one(kind, shape, out, adapters, bias=True, layout="plain"):
 @example(one("merged", (2, 0, 5), 7, [(3, 1)]))
 @example(one("beside", (0, 5), 7, [(3, 2)]))
 @example(one("split", (5,), 7, [(3, 1)], bias=False))
+@example(one("split", (2, 3, 5), 7, [(3, 0.37)]) | {"members": [("split", 7, True, [(3, 0.37)])] * 3})
 @example(one("transposed", (2, 3, 5), 7, [(3, -1.5)], layout="sliced"))
 @example(one("merged", (2, 3, 5), 7, [(512, 0.37)], layout="transposed"))
 @example(one("split", (2, 3, 5), 7, [(512, 0)], layout="expanded"))
@@ -127,10 +142,10 @@ def test_outputs_and_every_gradient(case):
     wanted = gradients(want, tensors)
     for mine, expected in zip(gradients(got, tensors), wanted, strict=True):
         assert_close(mine, expected, 1e-9)
-    if is_single(layers):
-        (y,) = single = [alone(x, layers[0])]
-        assert_close(y, want[0], 1e-9)
-        for mine, expected in zip(gradients(single, tensors), wanted, strict=True):
+    for other in others(x, layers):
+        for y, expected in zip(other, want, strict=True):
+            assert_close(y, expected, 1e-9)
+        for mine, expected in zip(gradients(other, tensors), wanted, strict=True):
             assert_close(mine, expected, 1e-9)
 
 
@@ -205,7 +220,7 @@ def test_outputs_may_be_written_to(shape):
     """An activation in place follows many layers. Autograd forbids that for the view of a custom function's result."""
     x, layers, tensors = build(one("split", shape, 5, [(2, 1)]))
     want = gradients([torch.relu(oracle(x, layers)[0])], tensors)
-    for y in (ours(x, layers)[0], alone(x, layers[0])):
+    for (y,) in (ours(x, layers), *others(x, layers)):
         for mine, expected in zip(gradients([torch.relu_(y)], tensors), want, strict=True):
             assert_close(mine, expected, 1e-9)
 
