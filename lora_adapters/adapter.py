@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,20 +26,37 @@ if TYPE_CHECKING:
 
 
 class _State:
-    """What is known of one base model: its PeftModel, its adapters in the order they came, and how to take them off."""
+    """What is known of one base model: its PeftModel, its adapters in the order they came, and how to take them off.
+
+    It is kept on the model itself and goes with it. (A dictionary that is weak in its keys would keep every model
+    alive: the PeftModel holds its base.) A copy of a model begins with nothing known, as a model from elsewhere does.
+    """
+
+    _NAME = "_lora_adapters_state"
 
     def __init__(self, peft_model: PeftModel) -> None:
         self.peft_model = peft_model
         self.adapters: dict[str, Adapter] = {}
         self.changes: list[Changes] = []
 
+    @classmethod
+    def of(cls, base: nn.Module) -> _State | None:
+        return vars(base).get(cls._NAME)
 
-_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+    def keep_on(self, base: nn.Module) -> None:
+        vars(base)[self._NAME] = self
+
+    @classmethod
+    def forget(cls, base: nn.Module) -> None:
+        vars(base).pop(cls._NAME, None)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def peft_model_of(base: nn.Module) -> PeftModel | None:
     """Return the PeftModel that earlier calls put around `base`, or None."""
-    state = _states.get(base)
+    state = _State.of(base)
     return state.peft_model if state else None
 
 
@@ -66,9 +82,10 @@ class Adapter:
         self._base: nn.Module | None = base
         self._merged_away = False
         self._kernels = kernels
-        if base not in _states or _states[base].peft_model is not peft_model:
-            _states[base] = _State(peft_model)
-        state = _states[base]
+        state = _State.of(base)
+        if state is None or state.peft_model is not peft_model:
+            state = _State(peft_model)
+            state.keep_on(base)
         state.adapters[self.name] = self
         state.changes.append(changes)
 
@@ -88,7 +105,10 @@ class Adapter:
 
     @property
     def _state(self) -> _State:
-        return _states[self.base]
+        state = _State.of(self.base)
+        if state is None:
+            raise StateError(f"Adapter {self.name!r} is unknown to its base: the model was copied or rebuilt.")
+        return state
 
     @property
     def model(self) -> PeftModel:
@@ -216,7 +236,7 @@ class Adapter:
             merge.unload(self.model)
             self._release_kernels()
             self._state.changes.clear()
-            del _states[base]
+            _State.forget(base)
             self._base, self._merged_away = None, True
         plugins().notify("lora_adapters_merged", adapter=self, unload=unload)
         return base
@@ -243,7 +263,7 @@ class Adapter:
         if inject.adapter_names(base) == {self.name}:
             for changes in reversed(state.changes):
                 changes.revert()
-            del _states[base]
+            _State.forget(base)
         else:
             left = state.peft_model
             was_active = self.name in left.active_adapters

@@ -1,6 +1,8 @@
 """plan -> apply -> verify on plain PyTorch models: what is adapted, what is refused, and that nothing else changes."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -503,3 +505,14 @@ def test_norms_are_those_of_the_product():
     products = [layer.get_delta_weight("default").norm() for layer in adapter.layers.values()]
     assert adapter.norms()["mean"] == pytest.approx(torch.stack(products).mean().item(), rel=1e-4)
     assert adapter.norms()["max"] == pytest.approx(max(products).item(), rel=1e-4)
+
+
+def test_a_model_goes_with_its_last_reference():
+    model = net()
+    watched = weakref.ref(model)
+    adapter = la.attach(model, rank=2)
+    copied = copy.deepcopy(model)
+    del model, adapter
+    gc.collect()
+    assert watched() is None
+    assert isinstance(copied.blocks[0][0], LoraLayer)
