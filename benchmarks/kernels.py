@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--rank 16 64] [--tune]
 
-dequantize_merge stands against bitsandbytes' dequantize_4bit followed by torch.addmm; the skinny products stand against
-torch.mm. Operands are bf16, the packed weight is NF4 with nested statistics. A row's GB/s count each operand and result
-once, whatever a method really moves; `copy` is what torch reaches on this GPU with a large copy.
+dequantize_merge stands against bitsandbytes' dequantize_4bit followed by torch.addmm. The skinny products are those of
+bf16 activations and fp32 factors, and stand against a cast and torch.mm; up_grads, which also serves bf16 factors, has a
+second row. The packed weight is NF4 with nested statistics. A row's GB/s count each operand and result once, whatever a
+method really moves; `copy` is what torch reaches on this GPU with a large copy, `fill` writes the result and no more.
 
 How it is timed: all calls of a measurement are captured in one CUDA graph, so Python's time to launch is left out (a
 table at the end has it). The calls cycle over so many copies of the operands that none is found in the cache. After 10
@@ -32,7 +33,7 @@ SHAPES = [
 ]
 #: More bytes than any cache holds.
 CYCLE_BYTES = 512 << 20
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 Call = Callable[..., Any]
 
 
@@ -66,8 +67,8 @@ def cycle(make: Callable[[], tuple], size: int) -> list[tuple]:
     return [make() for _ in range(max(2, min(64, -(-CYCLE_BYTES // size))))]
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=BF16)
+def normal(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
 class Work:
@@ -102,13 +103,10 @@ def merge_work(out: int, inn: int, rank: int) -> Work:
         return torch.addmm(functional.dequantize_4bit(packed, state), b, a, alpha=0.5)
 
     def tiles() -> Iterable[tuple[Any, Call]]:
-        for rows, cols, warps, stages in [
-            *((32, 128, 4, s) for s in (1, 2)),
-            *((rows, cols, 4, 2) for rows, cols in [(16, 128), (64, 128), (16, 256), (32, 256), (64, 64)]),
-            *((rows, cols, 8, 2) for rows, cols in [(32, 256), (64, 128), (64, 256), (128, 128)]),
-        ]:
-            for ranks in {16, 32, 64} if rank > 32 else {max(16, rank)}:
-                tile = module.Tile(rows, cols, ranks, warps, stages)
+        usual = module.choose_tile(rank, False, (9, 0))
+        for rows, cols, warps in [(32, 128, 4), (32, 128, 8), (16, 128, 4), (64, 128, 4), (64, 128, 8), (32, 256, 8)]:
+            for programs in (2, 3, 4, 6, 8, 1 << 20):
+                tile = usual._replace(rows=rows, cols=cols, warps=warps, programs=programs)
 
                 def run(packed, state, a, b, tile=tile):
                     second = state.state2
@@ -119,6 +117,7 @@ def merge_work(out: int, inn: int, rank: int) -> Work:
 
     size = out * inn // 2 + out * inn // 64 + 2 * out * inn + 2 * rank * (out + inn)
     calls = {"ours": ours, "bnb dequantize only": only_dequantize, "bnb + addmm": dequantize_addmm}
+    calls["fill"] = lambda *_: torch.zeros(out, inn, dtype=BF16, device="cuda")
     return Work("dequantize_merge", make, size, calls, tiles)
 
 
@@ -126,59 +125,70 @@ def lowrank_works(tokens: int, inn: int, out: int, rank: int) -> list[Work]:
     from lora_adapters.ops import kernels
     from lora_adapters.ops.kernels import lowrank as module
 
+    ranks = min(64, max(16, rank))
+
     def down_tiles():
-        for rows, cols, parts, warps, stages in [
-            *((rows, cols, 1, 4, stages) for rows in (16, 32, 64) for cols in (128, 256) for stages in (3, 4)),
-            *((rows, 128, parts, 4, 4) for rows in (32, 64, 128) for parts in (2, 4)),
-            *((64, 128, parts, 8, 4) for parts in (1, 2, 4)),
-        ]:
-            tile = module.Tile(rows, cols, min(64, max(16, rank)), parts, warps, stages)
-            yield tile, lambda x, a, tile=tile: module.launch_down(x, a, 1.0, BF16, tile=tile)
+        for rows, cols, warps, stages in [(64, 128, 4, 4), (64, 64, 4, 4), (32, 128, 4, 4), (128, 64, 8, 4)]:
+            for parts in (1, 2, 4):
+                tile = module.Tile(rows, cols, ranks, parts, warps, stages)
+                yield tile, lambda x, a, tile=tile: module.launch_down(x, a, 1.0, F32, tile=tile)
 
     def up_tiles():
-        for rows, cols, warps, stages in [
-            *((rows, cols, 4, 4) for rows in (32, 64) for cols in (128, 256)),
-            *((rows, cols, 8, 3) for rows in (32, 64) for cols in (256, 512)),
-        ]:
-            across = -(-out // cols)
-            for parts in sorted({max(1, n * 132 // across) for n in (1, 2, 3, 4)}):
+        for rows, cols, warps in [(32, 128, 4), (64, 128, 4), (64, 128, 8), (64, 256, 8), (128, 128, 8), (16, 256, 4)]:
+            tile = module.Tile(rows, cols, min(32, ranks), 1, warps, 1)
+            yield tile, lambda h, b, tile=tile: module.launch_up(h, b, None, 0.5, BF16, tile=tile)
+
+    def up_grads_tiles():
+        for rows, cols, warps, stages in [(64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 4, 3), (64, 256, 8, 3)]:
+            for parts in sorted({max(1, int(n * 132 * cols / out)) for n in (1, 1.5, 2, 3)}):
                 if rank <= module.FUSED_RANK:
                     tile = module.Tile(rows, cols, max(16, rank), parts, warps, stages)
                     yield tile, lambda dy, h, b, tile=tile: module.launch_up_grads(dy, h, b, 0.5, tile=tile)
 
     def grad_tiles():
-        for rows, cols, warps, stages in [
-            *((rows, cols, 4, stages) for rows in (32, 64, 128) for cols in (64, 128) for stages in (3, 4)),
-            *((rows, 256, 8, 3) for rows in (32, 64)),
-        ]:
-            across = -(-inn // cols)
-            for parts in sorted({max(1, n * 132 // across) for n in (1, 2, 4)}):
-                tile = module.Tile(rows, cols, min(64, max(16, rank)), parts, warps, stages)
+        for rows, cols, warps, stages in [(64, 128, 4, 4), (64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)]:
+            for parts in sorted({max(1, int(n * 132 * cols / inn)) for n in (1, 2, 4)}):
+                tile = module.Tile(rows, cols, ranks, parts, warps, stages)
                 yield tile, lambda dh, x, tile=tile: module.launch_down_grad(dh, x, tile=tile)
+
+    def up_grads(dtype: torch.dtype) -> Work:
+        return Work(
+            f"up_grads, {str(dtype).removeprefix('torch.')} factors",
+            lambda: (normal(tokens, out), normal(tokens, rank, dtype=dtype), normal(out, rank, dtype=dtype)),
+            2 * tokens * out + dtype.itemsize * (2 * tokens * rank + out * rank) + 4 * out * rank,
+            {
+                "ours": lambda dy, h, b: kernels.up_grads(dy, h, b, 0.5),
+                "torch.mm": lambda dy, h, b: (torch.mm(dy.to(dtype), b), torch.mm(h.t(), dy.to(dtype))),
+            },
+            up_grads_tiles,
+        )
 
     return [
         Work(
             "down",
-            lambda: (normal(tokens, inn), normal(rank, inn)),
-            2 * (tokens * inn + rank * inn + tokens * rank),
-            {"ours": lambda x, a: kernels.down(x, a, BF16), "torch.mm": lambda x, a: torch.mm(x, a.t())},
+            lambda: (normal(tokens, inn), normal(rank, inn, dtype=F32)),
+            2 * tokens * inn + 4 * (rank * inn + tokens * rank),
+            {"ours": lambda x, a: kernels.down(x, a, F32), "torch.mm": lambda x, a: torch.mm(x.float(), a.t())},
             down_tiles,
         ),
         Work(
-            "up_grads",
-            lambda: (normal(tokens, out), normal(tokens, rank), normal(out, rank)),
-            2 * (tokens * out + 2 * tokens * rank + out * rank) + 4 * out * rank,
+            "up",
+            lambda: (normal(tokens, rank, dtype=F32), normal(out, rank, dtype=F32)),
+            2 * tokens * out + 4 * (tokens * rank + out * rank),
             {
-                "ours": lambda dy, h, b: kernels.up_grads(dy, h, b, 0.5),
-                "torch.mm": lambda dy, h, b: (torch.mm(dy, b), torch.mm(dy.t(), h)),
+                "ours": lambda h, b: kernels.up(h, b, None, BF16, 0.5),
+                "torch.mm": lambda h, b: torch.mm(h, b.t()).to(BF16),
+                "fill": lambda *_: torch.zeros(tokens, out, dtype=BF16, device="cuda"),
             },
             up_tiles,
         ),
+        up_grads(F32),
+        up_grads(BF16),
         Work(
             "down_grad",
-            lambda: (normal(tokens, rank), normal(tokens, inn)),
-            2 * (tokens * inn + tokens * rank) + 4 * rank * inn,
-            {"ours": kernels.down_grad, "torch.mm": lambda dh, x: torch.mm(dh.t(), x)},
+            lambda: (normal(tokens, rank, dtype=F32), normal(tokens, inn)),
+            2 * tokens * inn + 4 * (tokens * rank + rank * inn),
+            {"ours": kernels.down_grad, "torch.mm": lambda dh, x: torch.mm(dh.t(), x.float())},
             grad_tiles,
         ),
     ]

@@ -109,7 +109,7 @@ def product(
 ) -> torch.Tensor:
     """Return scaling * left @ right in `dtype` (None: theirs), as one product where torch has it."""
     if dtype is torch.float32 and left.itemsize == 2 and left.is_cuda:
-        wide = torch.mm(left, right, out_dtype=dtype)
+        wide = torch.mm(left, right, out_dtype=torch.float32)
         return wide if scaling == 1 else wide.mul_(scaling)
     # With beta = 0 the values of what the product is added to do not count.
     result = left @ right if scaling == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)

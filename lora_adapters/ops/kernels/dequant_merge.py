@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ...errors import RequestError
 from ...weights import primitives
+from ..autocast import cast
 from .launching import TRITON_DTYPES, block_of, ceil_div, facts, register, start, unit_stride, written
 
 NESTED_BITS = tl.constexpr(primitives.NESTED_BLOCKSIZE.bit_length() - 1)
@@ -55,7 +56,7 @@ def _table(code_ptr, word, LOOKUP: tl.constexpr):
     """What `_looked_up` looks into: a value of the code in each thread of a half-warp, or all sixteen."""
     if LOOKUP == "shuffle":
         lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-        return tl.load(code_ptr + (lane & 15))
+        return tl.load(code_ptr + (lane & 15))  # type: ignore[operator]
     else:
         return tl.load(code_ptr + tl.arange(0, 16))
 
@@ -133,7 +134,7 @@ def _words_kernel(
     place = local_rows * inn + tl.arange(0, COLS)[None, :]
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
-    a = tl.zeros((RANKS, COLS), DTYPE)
+    a, b = tl.zeros((RANKS, COLS), DTYPE), tl.zeros((ROWS, RANKS), DTYPE)
     if MERGE and ONCE:
         a_inside = (ranks < rank)[:, None] & col_inside[None, :]
         a = tl.load(a_ptr + ranks.to(tl.int64)[:, None] * a_stride + cols[None, :], mask=a_inside, other=0.0)
@@ -145,11 +146,12 @@ def _words_kernel(
     block = (corner + word_place * 8) >> BLOCK_BITS
     first, second = _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED)
     table = _table(code_ptr, word, LOOKUP)
-    for _ in tl.range(0, steps, num_stages=1):
+    for _ in tl.range(0, steps, num_stages=1):  # type: ignore[misc]
         row_inside = (rows < out)[:, None]
         if MERGE and ONCE:
             b_inside = row_inside & (ranks < rank)[None, :]
-            b = tl.load(b_ptr + rows.to(tl.int64)[:, None] * b_stride + ranks[None, :], mask=b_inside, other=0.0)
+            b_rows = b_ptr + rows.to(tl.int64)[:, None] * b_stride
+            b = _factor(tl.load(b_rows + ranks[None, :], mask=b_inside, other=0.0), DTYPE, PRECISION)
         maxima = _maxima(first, second, code2_ptr, offset, NESTED)
         this, here = word, corner
         rows += ROWS
@@ -164,7 +166,7 @@ def _words_kernel(
         if MERGE:
             change = tl.zeros((ROWS, COLS), tl.float32)
             if ONCE:
-                change = tl.dot(_factor(b, DTYPE, PRECISION), a, change, input_precision=PRECISION)
+                change = tl.dot(b, a, change, input_precision=PRECISION)
             else:
                 for start in range(0, rank, RANKS):
                     more = start + ranks
@@ -344,13 +346,15 @@ def launch(
     """Run the kernel. `tile` is for measuring; see `dequantize_merge` for the rest."""
     device = packed.device
     weight = torch.empty((out, inn), dtype=written(dtype, device), device=device)
-    if weight.numel() == 0:
-        return weight.to(dtype)
-    packed = packed.contiguous()
-    packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
+    if out == 0 or inn == 0:
+        return cast(weight, dtype)
+    packed = packed if packed.is_contiguous() else packed.contiguous()
+    packed = packed if packed.dtype is torch.uint8 else packed.view(torch.uint8)
     second = (absmax, code, code)
     if absmax2 is not None and code2 is not None and offset is not None:
-        second = (absmax2, code2, offset.to(device=device, dtype=torch.float32))
+        if offset.dtype is not torch.float32 or offset.device != device:
+            offset = offset.to(device=device, dtype=torch.float32)
+        second = (absmax2, code2, offset)
     rank, factor, strides = 0, None, (0, 0)
     if a is not None and b is not None:
         a, b = unit_stride(a), unit_stride(b)
@@ -365,7 +369,7 @@ def launch(
     plan = _plan(device, out, inn, rank, blocksize, absmax2 is not None, words, factor, dtype, tile)
     operands = (absmax, code, *second, code if a is None else a, code if b is None else b, weight)
     start(plan.kernel, plan.grid, packed, *operands, *plan.sizes, *strides, scaling, *plan.after, **plan.settings)
-    return weight.to(dtype)
+    return cast(weight, dtype)
 
 
 def _fake(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply=None):

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from ...errors import RequestError
 from ...weights.primitives import FLOATS
+from ..autocast import cast
 from .launching import TRITON_DTYPES, DeviceFacts, block_of, ceil_div, facts, register, start, unit_stride, written
 from .partial_sums import sum_parts
 
@@ -395,13 +396,13 @@ def launch_up(
     tokens, (features, rank) = h.shape[0], b.shape
     y = h.new_empty((tokens, features), dtype=written(dtype, h.device))
     if y.numel() == 0:
-        return y.to(dtype)
+        return cast(y, dtype)
     h, bias = unit_stride(h), None if bias is None else bias.contiguous()
     tile, settings = _plan(up_tile, tokens, features, rank, h.device, (h.dtype, b.dtype), tile)
     grid = (ceil_div(tokens, tile.tokens) * ceil_div(features, tile.features),)
     operands = (b, b if bias is None else bias, y, tokens, features, rank, h.stride(0), *b.stride(), scaling)
     start(_up_kernel, grid, h, *operands, BIAS=bias is not None, **settings)
-    return y.to(dtype)
+    return cast(y, dtype)
 
 
 def launch_up_grads(

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..autocast import cast
 from .launching import block_of, ceil_div, start, written
 
 
@@ -32,7 +33,7 @@ def _sum_parts_kernel(
 def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the sum over the first dimension of fp32 parts (count, rows, cols), rounded once to `dtype`."""
     if parts.shape[0] == 1:
-        return parts[0].to(dtype)
+        return cast(parts.view(parts.shape[1:]), dtype)
     total = parts.new_empty(parts.shape[1:], dtype=written(dtype, parts.device))
     block = 256
     start(
@@ -47,4 +48,4 @@ def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return total.to(dtype)
+    return cast(total, dtype)
