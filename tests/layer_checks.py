@@ -15,7 +15,7 @@ DEVICE = "cpu"
 
 def adapted(module, dropouts=(0.0,), ranks=(5, 3, 2), quantization=None, values=True, **options):
     """Return a model around one adapted module, and its LoRA layer: one adapter for each dropout, all active."""
-    model = nn.Sequential(module)
+    model = nn.Sequential(module).to(DEVICE)
     names = ["default", "second", "third"][: len(dropouts)]
     for name, rank, dropout in zip(names, ranks, dropouts, strict=False):
         settings = {"alpha": rank * 1.7, "dropout": dropout, **options}
@@ -24,7 +24,7 @@ def adapted(module, dropouts=(0.0,), ranks=(5, 3, 2), quantization=None, values=
     model[0].set_adapter(names)
     if values:
         perturb(model)
-    return model.to(DEVICE), model[0]
+    return model, model[0]
 
 
 def stock_class(layer):

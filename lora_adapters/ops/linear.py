@@ -176,24 +176,7 @@ def _forward(
         return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
     assert h is not None
     weight = member.weight.read(dtypes.base).t()
-    return up(stack.scaled(h), stack.b, bias, dtypes.base).addmm_(rows, weight)
-
-
-def up(
-    h: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, scaling: float = 1
-) -> torch.Tensor:
-    """Return scaling * h @ b^T + bias in `dtype`, as a new tensor; bias (out,) is of this dtype."""
-    wide = torch.promote_types(h.dtype, dtype)
-    if bias is not None and wide is h.dtype:
-        return cast(torch.addmm(cast(bias, wide), h, b.t(), alpha=scaling), dtype)
-    y = h @ b.t() if scaling == 1 else scaled_product(h, b.t(), scaling)
-    # A bias in a dtype narrower than its own would lose most of its bits.
-    return cast(y, dtype) if bias is None else cast(cast(y, wide).add_(bias), dtype)
-
-
-def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return scaling * left @ right as one product. With beta = 0 the values of what it is added to do not count."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+    return lowrank.up(stack.scaled(h), stack.b, bias, dtypes.base).addmm_(rows, weight)
 
 
 def _added(result: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 
 from .autocast import cast
 from .frozen import Dense
-from .linear import Dtypes, Member, scaled_product
+from .linear import Dtypes, Member
+from .lowrank import product
 
 
 def is_plain(members: Sequence[Member], factors: Sequence[torch.Tensor], dtypes: Dtypes) -> bool:
@@ -49,7 +50,7 @@ def plain_linear(
         a, up = cast(factors[2 * i], dtypes.base), cast(factors[2 * i + 1], dtypes.base).t()
         h = rows @ a.t()
         if addend is None:
-            y = h @ up if scaling == 1 else scaled_product(h, up, scaling)
+            y = product(h, up, scaling)
         else:
             y = torch.addmm(cast(addend, dtypes.base), h, up, alpha=scaling)
         # The order matters: the large product is added last, so that only its sum is rounded.

@@ -14,7 +14,6 @@ from . import lowrank
 from .autocast import cast, no_autocast
 from .differentiable import once_differentiable
 from .frozen import FrozenWeight
-from .linear import scaled_product, up
 
 
 def single_linear(
@@ -103,7 +102,7 @@ def _forward(
         h = lowrank.down(rows, low_a)
         # Casts of the factors are as small as h: kept, they need not be made again.
         ctx.save_for_backward(x, h, low_a, low_b, kept)
-        y = up(h, low_b, None if bias is None else cast(bias, base), base, scaling)
+        y = lowrank.up(h, low_b, None if bias is None else cast(bias, base), base, scaling)
         y.addmm_(cast(rows, base), weight.read(base).t())
     y = cast(y, output)
     # Not a view for autograd, which would forbid to write to it (an activation in place).
@@ -120,17 +119,15 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     low_a, low_b = cast(a, low), cast(b, low)
     dx = dh = da = db = None
     if wants_a or wants_b:
-        dh, db = lowrank.up_gradients(dys, lowrank.down(rows, low_a) if h is None else h, low_b)
-        if scaling != 1:
-            dh, db = dh.mul_(scaling), db.mul_(scaling)
-        da = cast(lowrank.down_gradient(dh, rows), ctx.factor_dtype)
-        db = cast(db, ctx.factor_dtype)
+        h = lowrank.down(rows, low_a) if h is None else h
+        dh, db = lowrank.up_gradients(dys, h, low_b, scaling, ctx.factor_dtype)
+        da = lowrank.down_gradient(dh, rows, ctx.factor_dtype)
     if wants_x:
         if merged:
             dx = cast(dys, base) @ weight.merged(base, a, b, scaling, low)
         else:
-            dh = scaled_product(cast(dys, low), low_b, scaling) if dh is None else dh
-            dx = cast(dh @ low_a, base).addmm_(cast(dys, base), weight.read(base))
+            dh = lowrank.product(cast(dys, low), low_b, scaling) if dh is None else dh
+            dx = lowrank.up(dh, low_a.t(), None, base).addmm_(cast(dys, base), weight.read(base))
         dx = cast(dx, ctx.dtype)
         dx = dx if len(shape) == 2 else dx.view(shape)
     dbias = cast(dys.sum(0), ctx.bias_dtype) if wants_bias else None

@@ -72,7 +72,9 @@ def test_trainer(quantization, checkpointing, tmp_path):
     theirs = PeftModel.from_pretrained(again, tmp_path / "checkpoint-20")
     expected = logits(lora.model)
     torch.testing.assert_close(logits(fresh), expected, rtol=0, atol=0)
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=0)
+    # PEFT adds what ours adds in another order; over 4 bits ours rounds W + B A, PEFT the two products.
+    tolerance = 2e-2 if quantization else 1e-5
+    assert (logits(theirs) - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

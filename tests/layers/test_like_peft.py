@@ -162,6 +162,7 @@ def test_what_trains(name, frozen, train_weight):
 def test_some_active_none_active_disabled_merged(name):
     module, x, quantization, _ = LAYERS.get(name, (lambda: conv(2, {"padding": 1}), data(2, 8, 9, 7), None, ""))
     model, layer = adapted(module(), (0.0, 0.0, 0.0), quantization=quantization)
+    x = x.to(next(model.parameters()).device)
     for names in (["third"], ["third", "default"], ["second", "second"]):
         layer._active_adapter = names
         assert_like_peft(model, layer, x)

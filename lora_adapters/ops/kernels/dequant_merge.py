@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import RequestError
 from ...weights import primitives
@@ -52,34 +53,12 @@ def _factor(values, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _table(code_ptr, word, LOOKUP: tl.constexpr):
-    """What `_looked_up` looks into: a value of the code in each thread of a half-warp, or all sixteen."""
-    if LOOKUP == "shuffle":
-        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-        return tl.load(code_ptr + (lane & 15))  # type: ignore[operator]
-    else:
-        return tl.load(code_ptr + tl.arange(0, 16))
-
-
-@triton.jit
-def _looked_up(word, code_ptr, table, LOOKUP: tl.constexpr):
-    """Words (rows, words) of eight values in 4 bits -> their values (rows, words, 8) of the code."""
+def _looked_up(word, table):
+    """Words (rows, words) of eight values in 4 bits -> their values (rows, words, 8) of the code's sixteen."""
     order = tl.arange(0, 8)
     shifted = word[:, :, None] >> ((order // 2) * 8 + 4 - (order % 2) * 4)[None, None, :]
-    if LOOKUP == "shuffle":
-        return tl.inline_asm_elementwise(  # which looks at the last four bits of the index only
-            "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
-            "=r,r,r",
-            [tl.broadcast_to(table[:, :, None], shifted.shape), shifted],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    elif LOOKUP == "gather":
-        flat = tl.reshape(shifted & 15, (shifted.shape[0] * shifted.shape[1] * 8,))
-        return tl.reshape(tl.gather(table, flat, 0), shifted.shape)
-    else:
-        return tl.load(code_ptr + (shifted & 15))
+    flat = tl.reshape(shifted & 15, (shifted.shape[0] * shifted.shape[1] * 8,))
+    return tl.reshape(tl.gather(table, flat, 0), shifted.shape)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -111,7 +90,6 @@ def _words_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
-    LOOKUP: tl.constexpr,
     AHEAD: tl.constexpr,  # ask for the next tile before this one is decoded
 ):
     across = tl.cdiv(inn, COLS)
@@ -145,7 +123,7 @@ def _words_kernel(
     word = tl.load(words_ptr + (corner >> 3) + word_place, mask=inside, other=0)
     block = (corner + word_place * 8) >> BLOCK_BITS
     first, second = _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED)
-    table = _table(code_ptr, word, LOOKUP)
+    table = tl.load(code_ptr + tl.arange(0, 16))
     for _ in tl.range(0, steps, num_stages=1):  # type: ignore[misc]
         row_inside = (rows < out)[:, None]
         if MERGE and ONCE:
@@ -161,7 +139,7 @@ def _words_kernel(
             word = tl.load(words_ptr + (corner >> 3) + word_place, mask=inside, other=0)
             block = (corner + word_place * 8) >> BLOCK_BITS
             first, second = _statistics(absmax_ptr, absmax2_ptr, block, inside, NESTED)
-        base = _looked_up(this, code_ptr, table, LOOKUP) * maxima[:, :, None]
+        base = _looked_up(this, table) * maxima[:, :, None]
         base = tl.reshape(base, (ROWS, COLS))
         if MERGE:
             change = tl.zeros((ROWS, COLS), tl.float32)
@@ -244,7 +222,6 @@ class Tile(NamedTuple):
 
     Attributes:
         programs: how many programs there should be for each processor; each takes several tiles, one below the other.
-        lookup: how the code is looked up: "memory", "gather" or "shuffle".
         ahead: ask for the next tile before this one is decoded.
     """
 
@@ -254,17 +231,21 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
-    lookup: str
     ahead: bool
 
 
 def choose_tile(rank: int, wide: bool, capability: tuple[int, int]) -> Tile:
     """Return the tile for a rank (0: dequantize only). A table and no search: nothing is timed at run time."""
-    if rank <= 64 or capability < (8, 0):
-        # 7.5 has 64 KiB of shared memory, too little for the large tile.
-        return Tile(32, 128, block_of(rank, 16, 32 if capability < (8, 0) else 64), 4, 2, 4, "gather", True)
+    if capability < (8, 0):
+        # 64 KiB of shared memory are too little for the large tiles.
+        return Tile(32, 128, block_of(rank, 16, 32), 4, 2, 4, True)
+    if rank == 0:
+        return Tile(32, 128, 16, 8, 2, 3, True)
+    if rank <= 16:
+        return Tile(16, 128, 16, 4, 2, 6, True)
     # The larger the tile, the less often A and B are read again.
-    return Tile(128, 128, 32 if wide else 64, 8, 2, 1 << 20, "gather", False)
+    rows = 64 if rank <= 64 else 128
+    return Tile(rows, 128, block_of(rank, 16, 32 if wide else 64), 8, 2, 1 << 20, False)
 
 
 class Plan(NamedTuple):
@@ -319,7 +300,6 @@ def _plan(
     settings |= dict(
         ONCE=rank <= tile.ranks,
         LONG=(ceil_div(down, steps) + 1) * steps * tile.rows * inn >= 1 << 31,
-        LOOKUP=tile.lookup,
         AHEAD=tile.ahead,
     )
     grid = (ceil_div(down, steps) * across,)
@@ -441,4 +421,6 @@ def dequantize_merge(
     if a is not None and b is not None and (a.shape[1] != inn or b.shape != (out, a.shape[0])):
         raise RequestError(f"LoRA factors {tuple(a.shape)} and {tuple(b.shape)} don't fit a weight of {out} x {inn}.")
     absmax2, code2, offset = nested or (None, None, None)
-    return _operator(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply)
+    # The operator is for who looks at operations (compilers, simulated tensors); it takes as long as the launch itself.
+    run = _operator if torch.compiler.is_compiling() or type(packed) is FakeTensor else launch
+    return run(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply)

@@ -308,7 +308,7 @@ def down_tile(tokens: int, features: int, rank: int, how: Arithmetic, known: Dev
 
 def up_tile(tokens: int, features: int, rank: int, how: Arithmetic, known: DeviceFacts) -> Tile:
     """Return the tile of `up`. Nothing is summed over parts: the rank is short."""
-    return Tile(64, block_of(features, 16, 128), block_of(rank, 16, FUSED_RANK), 1, 4, 1)
+    return Tile(32, block_of(features, 16, 128), block_of(rank, 16, FUSED_RANK), 1, 4, 1)
 
 
 def up_grads_tile(tokens: int, features: int, rank: int, how: Arithmetic, known: DeviceFacts) -> Tile:

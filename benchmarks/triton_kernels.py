@@ -1,6 +1,6 @@
 """Each Triton kernel beside what people use for the same work, on one GPU.
 
-    python benchmarks/kernels.py [--rank 16 64] [--tune]
+    python benchmarks/triton_kernels.py [--rank 16 64] [--tune]
 
 dequantize_merge stands against bitsandbytes' dequantize_4bit followed by torch.addmm. The skinny products are those of
 bf16 activations and fp32 factors, and stand against a cast and torch.mm; up_grads, which also serves bf16 factors, has a
