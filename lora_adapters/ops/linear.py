@@ -176,7 +176,37 @@ def _forward(
         return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
     assert h is not None
     weight = member.weight.read(dtypes.base).t()
-    return lowrank.up(stack.scaled(h), stack.b, bias, dtypes.base).addmm_(rows, weight)
+    return split_product(rows, weight, bias, stack.scaled(h), stack.b)
+
+
+def split_product(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """Return rows @ weight + bias + scaling * h @ b^T; autograd can look on.
+
+    The large product is added to the small one, so that only their sum is rounded. On GPUs in 16 bits it is the other way
+    round: cuBLAS rounds some products before it adds what is there already (seen on an H200), and what is rounded twice is
+    then the small one.
+
+    Args:
+        rows: (tokens, in).
+        weight: (in, out), of the same dtype.
+        bias: (out,), of this dtype.
+        h: (tokens, rank).
+        b: (out, rank), of h's dtype.
+        scaling: factor of the low-rank product.
+    """
+    if rows.is_cuda and rows.itemsize == 2:
+        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+        if h.dtype is y.dtype:
+            return y.addmm_(h, b.t(), alpha=scaling)
+        return y.add_(lowrank.up(h, b, None, y.dtype, scaling))
+    return lowrank.up(h, b, bias, rows.dtype, scaling).addmm_(rows, weight)
 
 
 def _added(result: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

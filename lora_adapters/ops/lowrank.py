@@ -73,6 +73,8 @@ def up_gradients(
     if kernels.available(dy.device, dy.dtype, h.dtype) and (dy.dtype is not h.dtype or kernels.up_grads_pays(dy, h)):
         dh, db = kernels.up_grads(dy, h, b, scaling)
         return dh, cast(db, dtype)
+    if dy.is_cuda and dy.dtype is h.dtype:
+        return product(dy, b, scaling), product(dy.t(), h, scaling, dtype)
     # (h^T dy)^T and not dy^T h: on CPUs the wide operand is better not the transposed one, by a factor of 2 to 10.
     if dy.dtype is h.dtype:
         return _narrow(dy, b.t(), scaling), product(h.t(), dy, scaling, dtype).t()

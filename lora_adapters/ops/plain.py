@@ -1,6 +1,6 @@
 """LoRA on dense linear layers in nothing but torch's own differentiable operations.
 
-The same products in the same order as in `linear`, recorded by autograd: it keeps x, x A^T and the parameters here too.
+The same products as in `linear`, recorded by autograd: it keeps x, x A^T and the parameters here too.
 What `linear` saves on top (dX summed in place) is worth less on a GPU than a backward without Python: there a small
 layer's products take less time than one autograd function in Python. torch.compile also sees through these.
 """
@@ -13,8 +13,7 @@ import torch
 
 from .autocast import cast
 from .frozen import Dense
-from .linear import Dtypes, Member
-from .lowrank import product
+from .linear import Dtypes, Member, split_product
 
 
 def is_plain(members: Sequence[Member], factors: Sequence[torch.Tensor], dtypes: Dtypes) -> bool:
@@ -47,14 +46,9 @@ def plain_linear(
         assert isinstance(member.weight, Dense)
         (scaling,) = member.scalings
         # The A of a group are not stacked: one whose output nobody used would get zeros for its gradient.
-        a, up = cast(factors[2 * i], dtypes.base), cast(factors[2 * i + 1], dtypes.base).t()
-        h = rows @ a.t()
-        if addend is None:
-            y = product(h, up, scaling)
-        else:
-            y = torch.addmm(cast(addend, dtypes.base), h, up, alpha=scaling)
-        # The order matters: the large product is added last, so that only its sum is rounded.
-        y = y.addmm_(rows, member.weight.read(dtypes.base).t())
+        a, b = cast(factors[2 * i], dtypes.base), cast(factors[2 * i + 1], dtypes.base)
+        bias = None if addend is None else cast(addend, dtypes.base)
+        y = split_product(rows, member.weight.read(dtypes.base).t(), bias, rows @ a.t(), b, scaling)
         y = cast(y, member.output)
         outputs.append(y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1]))
     return tuple(outputs)

@@ -14,6 +14,7 @@ from . import lowrank
 from .autocast import cast, no_autocast
 from .differentiable import once_differentiable
 from .frozen import FrozenWeight
+from .linear import split_product
 
 
 def single_linear(
@@ -102,8 +103,8 @@ def _forward(
         h = lowrank.down(rows, low_a)
         # Casts of the factors are as small as h: kept, they need not be made again.
         ctx.save_for_backward(x, h, low_a, low_b, kept)
-        y = lowrank.up(h, low_b, None if bias is None else cast(bias, base), base, scaling)
-        y.addmm_(cast(rows, base), weight.read(base).t())
+        bias = None if bias is None else cast(bias, base)
+        y = split_product(cast(rows, base), weight.read(base).t(), bias, h, low_b, scaling)
     y = cast(y, output)
     # Not a view for autograd, which would forbid to write to it (an activation in place).
     return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))

@@ -92,7 +92,7 @@ def test_convolutions(dims, settings, quantization):
             # PEFT drops values before it pads: that one is left to it.
             layer.fused, want = False, outcome(model, x)
             layer.fused = True
-            assert_like(outcome(model, x), want, 0)
+            assert_like(outcome(model, x), want, 1e-6 if next(model.parameters()).is_cuda else 0)
         else:
             assert_like_peft(model, layer, x, "merged" if quantization else "split")
         assert_like_peft(model, layer, x, train=False)
@@ -181,7 +181,9 @@ def test_some_active_none_active_disabled_merged(name):
             want = model(x)
         layer.merge()
         assert route(layer).reason.startswith("merged")
-        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        # On a GPU INT8 rounds the input, too, which a merged layer does not.
+        coarse = 5e-2 if name == "int8" and x.is_cuda else 1e-4
+        torch.testing.assert_close(model(x), want, rtol=coarse, atol=coarse)
         layer.unmerge()
         with no_parent(layer):
             assert torch.equal(model(x), want)

@@ -352,6 +352,8 @@ def _plan(
 ) -> Plan:
     """Return the tile, the chosen one if it is None, and what the kernel takes by name."""
     how = arithmetic(device, *dtypes)
+    if how.thirds and choose is up_tile:  # whose kernel cuts nothing in thirds: both operands are short
+        how = Arithmetic(False, tl.float32, facts(device).precision, 4)
     tile = tile or choose(tokens, features, rank, how, facts(device))
     settings = dict(
         DTYPE=how.dtype,
