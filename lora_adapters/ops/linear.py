@@ -7,7 +7,7 @@ dX. What backward needs is x, h = x A^T (tokens, rank) and the parameters; nothi
 
 Where W is unpacked for the product anyway, s B A is put into it on the way (`merged`), and dX = dY (W + s B A) is one
 product. A dense W stays as it is: in 16 bits an update smaller than half a unit in W's last place would be rounded away.
-There the low-rank product comes first, and W's product is added to it inside the matrix product (beta = 1).
+There one product is added to the other inside the matrix product (beta = 1); see `split_product`.
 """
 
 from __future__ import annotations
