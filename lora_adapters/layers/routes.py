@@ -2,7 +2,7 @@
 
 - "merged": the base weight is stored in 4 bits, or by a plugin's quantizer, so it is unpacked for the product anyway:
   the update goes into it on the way, and one product does everything. With dropout such a call is "split".
-- "split": a dense weight. The low-rank product comes first and the base's product is added to it.
+- "split": a dense weight. One product is added to the other inside the matrix product.
 - "beside": the base module runs as it is (its weight trains, it has hooks, its class has a forward of its own, INT8),
   and the low-rank product is added to its result.
 - "parent": PEFT's own forward, wherever a layer is not exactly that sum.
