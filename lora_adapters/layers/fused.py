@@ -134,10 +134,8 @@ class FusedLinear(FusedForward):
     siblings: SiblingGroup | None = None
 
     def _fused_forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
-        if self.siblings is None or not self._shares(x):
-            return self.alone(x, names)
-        if not torch.is_grad_enabled():  # then nothing is saved by computing together
-            self.siblings.decide()
+        # Without gradients nothing is saved by computing together.
+        if self.siblings is None or not torch.is_grad_enabled() or not self._shares(x):
             return self.alone(x, names)
         return self.siblings.call(self, x, names)
 

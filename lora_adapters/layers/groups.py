@@ -1,18 +1,17 @@
 """Sibling layers that read one input (q, k and v; gate and up) computed as one: x is read once, and dX summed in place.
 
-The model goes on calling its layers one by one. Which of them share an input is not asserted but seen: while a group
-has not decided, its layers compute alone and it notes who is called with the very same tensor as the one before. From
-then on the first of such a run computes for all, and each of the others takes its result if it is called with that same
-tensor, unwritten, and with nothing about itself changed; else it computes alone. So a sibling that is called alone or
-with another tensor (cross attention) is right in any case, and at most work is wasted.
-
-How much autograd keeps differs between the two ways, and gradient checkpointing compares that between a forward and its
-repetition. So a group decides only while no graph of an undecided forward waits for its backward.
+The model goes on calling its layers one by one. Which of them are given one variable is read off the source of the module
+that holds them; no source, no group. The first of such a run computes for all, and each of the others takes its result if
+it is called with that very tensor, unwritten, and with nothing about itself changed; else it computes alone. So a sibling
+that is called alone or with another tensor is right in any case, and at most work is wasted. As nothing is decided while
+a model runs, a repeated forward (gradient checkpointing) and a resumed training do what the first one did, bit for bit.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
+import re
+import textwrap
 import threading
 import weakref
 from typing import Any
@@ -22,6 +21,8 @@ from torch import nn
 
 from ..ops.choice import linear_layers
 
+_CALL = re.compile(r"\bself\.(\w+)\(\s*(\w+)\s*\)")
+
 
 class _Slot:
     """What one thread knows of one group between two calls."""
@@ -30,9 +31,6 @@ class _Slot:
         self.x: torch.Tensor | None = None
         self.version = -1
         self.ready: dict[int, tuple[torch.Tensor, Any]] = {}
-        self.last: Any = None
-        self.last_version = -1
-        self.runs: list[list[int]] = []
 
 
 class _Slots(threading.local):
@@ -44,26 +42,14 @@ _slots = _Slots()
 
 
 class SiblingGroup:
-    """Layers of one parent that may share an input.
+    """Layers of one parent that are given one variable, in the order in which they are called.
 
     Attributes:
-        layers: the siblings.
-        runs: indices of layers that share one; None until decided.
+        layers: the siblings; the first one computes for all.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
-        self.runs: tuple[tuple[int, ...], ...] | None = None
-        self._seen: tuple[tuple[int, ...], ...] | None = None
-        self._pending: weakref.WeakSet[_Graph] = weakref.WeakSet()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "runs": self.runs}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy notes for itself: graphs that wait are not its own.
-        self.__init__(state["layers"])
-        self.runs = state["runs"]
 
     def call(self, layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         """Return the layer's output for x, computed with its siblings or taken from them; None as `prepare` does."""
@@ -80,23 +66,15 @@ class SiblingGroup:
                 slot.x = None
             if same:
                 return y
-        self.decide()
-        for run in self.runs or ():
-            if run[0] == mine:
-                return self._together(slot, run, x, names)
-        y = layer.alone(x, names)
-        if self.runs is None and y is not None:
-            self._note(slot, mine, x, y)
-        return y
+        return self._together(slot, x, names) if mine == 0 else layer.alone(x, names)
 
-    def _together(self, slot: _Slot, run: tuple[int, ...], x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
-        first = self.layers[run[0]].prepare(x, names)
+    def _together(self, slot: _Slot, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        first = self.layers[0].prepare(x, names)
         if first is None or first.member.dropouts:
-            return self.layers[run[0]].alone(x, names)
+            return self.layers[0].alone(x, names)
         prepared = [first]
         waiting = []
-        for index in run[1:]:
-            layer = self.layers[index]
+        for index, layer in enumerate(self.layers[1:], 1):
             own = layer.ready_names(x)
             part = layer.prepare(x, own) if own else None
             if part is not None and part.dtypes == first.dtypes and not part.member.dropouts:
@@ -113,42 +91,6 @@ class SiblingGroup:
         slot.x, slot.version = (x, x._version) if waiting else (None, -1)
         return outputs[0]
 
-    def _note(self, slot: _Slot, mine: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Note in which order and with which tensors the layers are called, until one is called again."""
-        if y.requires_grad:
-            graph = _Graph()
-            self._pending.add(graph)
-            # Only the graph holds the hook, and the hook holds this: it goes with the graph, or when backward has come.
-            y.register_hook(functools.partial(_done, self._pending, graph))
-        if any(mine in run for run in slot.runs):
-            if self._seen is None:
-                self._seen = tuple(tuple(run) for run in slot.runs)
-            slot.runs = []
-        if slot.runs and slot.last() is x and slot.last_version == x._version:
-            slot.runs[-1].append(mine)
-        else:
-            slot.runs.append([mine])
-        slot.last, slot.last_version = weakref.ref(x), x._version
-
-    def decide(self) -> None:
-        """Settle the runs if a whole forward has been seen and no graph waits for its backward."""
-        # Inside a backward a forward is repeated (checkpointing), and must keep what it kept the first time.
-        if self.runs is not None or torch._C._current_graph_task_id() != -1:
-            return
-        slot = _slots.of.get(self)
-        complete = slot is not None and sum(map(len, slot.runs)) == len(self.layers)
-        seen = self._seen or (tuple(tuple(run) for run in slot.runs) if slot is not None and complete else None)
-        if seen is not None and not self._pending:
-            self.runs = tuple(run for run in seen if len(run) > 1)
-
-
-class _Graph:
-    """Stands for the part of a graph that one call made."""
-
-
-def _done(pending: weakref.WeakSet[_Graph], graph: _Graph, gradient: torch.Tensor) -> None:
-    pending.discard(graph)
-
 
 def _key(layer: Any, names: list[str], x: torch.Tensor) -> Any:
     """Return what a layer's result depends on besides x: whoever changes it in between gets a result of its own."""
@@ -158,12 +100,53 @@ def _key(layer: Any, names: list[str], x: torch.Tensor) -> Any:
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Make a group of the linear LoRA layers that each module of `model` holds directly, where there are several."""
+    """Make a group of the linear LoRA layers that a module of `model` gives one variable, for each such variable."""
     from .fused import FusedLinear
 
     for parent in model.modules():
-        held = [child for child in parent._modules.values() if isinstance(child, FusedLinear)]
-        if len(held) > 1:
-            group = SiblingGroup(held)
-            for layer in held:
-                layer.__dict__["siblings"] = group
+        held = {name: child for name, child in parent._modules.items() if isinstance(child, FusedLinear)}
+        if len(held) < 2:
+            continue
+        for layer in held.values():
+            layer.__dict__.pop("siblings", None)
+        for run in given_one_variable(type(parent)):
+            if len(layers := [held[name] for name in run if name in held]) > 1:
+                group = SiblingGroup(layers)
+                for layer in layers:
+                    layer.__dict__["siblings"] = group
+
+
+_RUNS: dict[type[nn.Module], tuple[tuple[str, ...], ...]] = {}
+
+
+def given_one_variable(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """Return the names of children that the class's forward calls with one and the same variable, in calling order.
+
+    A child that is called in two places or with two variables is in none; an assignment to the variable ends a run.
+    """
+    if cls not in _RUNS:
+        _RUNS[cls] = _read_runs(cls)
+    return _RUNS[cls]
+
+
+def _read_runs(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    try:
+        source = textwrap.dedent(inspect.getsource(cls.forward))
+    except (OSError, TypeError):
+        return ()
+    calls = [(match[1], match[2], match.start()) for match in _CALL.finditer(source)]
+    names = [child for child, _, _ in calls]
+    # A child named in another way too (an argument besides, a keyword) is called in two places.
+    once = {name for name in names if len(re.findall(rf"\bself\.{name}\b", source)) == 1}
+    runs: dict[str, list[list[str]]] = {}
+    last: dict[str, int] = {}
+    for child, variable, place in calls:
+        if child not in once:
+            continue
+        between = source[last.get(variable, place) : place]
+        mine = runs.setdefault(variable, [])
+        if not mine or re.search(rf"^\s*{variable}\s*(,[^=]*)?[-+*/@]?=[^=]", between, re.MULTILINE):
+            mine.append([])
+        mine[-1].append(child)
+        last[variable] = place
+    return tuple(tuple(run) for each in runs.values() for run in each if len(run) > 1)

@@ -122,21 +122,27 @@ def _nearest_file(path: Path) -> str:
     return "'lora-adapters new' writes a recipe to start from."
 
 
+def _printable(key: str) -> str:
+    return key if key.isprintable() else repr(key)
+
+
 def _override(value: dict[str, Any], places: _Places, override: str) -> None:
     """Put one "a.b=value" into a recipe."""
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
         raise RequestError(f"{override[:80]!r} is no key=value, such as training.epochs=3.")
-    new = parse(text, f"{_COMMAND_LINE}: {key.strip()}").value
+    new = parse(text, f"{_COMMAND_LINE}: {_printable(key.strip())}").value
     inner = value
     for depth, name in enumerate(keys[:-1], 1):
         if inner.get(name) is None:
             inner[name] = {}
         inner = inner[name]
         if not isinstance(inner, dict):
-            above = ".".join(keys[:depth])
-            raise RequestError(f"{_COMMAND_LINE}: {key.strip()}: {above} is {shown(inner)}, it has no keys.")
+            above = _printable(".".join(keys[:depth]))
+            raise RequestError(
+                f"{_COMMAND_LINE}: {_printable(key.strip())}: {above} is {shown(inner)}, it has no keys."
+            )
     inner[keys[-1]] = new
     path = tuple(keys)
     for place in [place for place in places.lines if place[: len(path)] == path]:

@@ -137,7 +137,7 @@ def test_trains_logs_and_saves_the_adapter_alone(kind, tmp_path, capsys):
     la.restore(ours, tmp_path / "run" / "checkpoint-4")
     torch.testing.assert_close(logits(ours), expected, rtol=0, atol=0)
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "run" / "checkpoint-4")
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
 
 
 def test_a_whole_config_and_options_reach_attach():
@@ -250,7 +250,7 @@ def test_a_classifier_trains_saves_and_restores_its_head(quantization, tmp_path)
     la.restore(ours, folder)
     torch.testing.assert_close(logits(ours), expected, rtol=0, atol=0)
     theirs = PeftModel.from_pretrained(base_like(classifier(), quantization), folder)
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
 
 
 def test_predict_and_the_auto_classes_read_a_checkpoint(tmp_path):

@@ -160,7 +160,7 @@ def test_ours_loads_in_stock_peft_and_here(name, quantization, tmp_path):
     assert not [m for m in theirs.modules() if isinstance(m, EngineLayer)]
     layers = {n for n, m in theirs.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     assert layers == set(adapter.layers)
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
     again = la.restore(base(case, quantization), tmp_path / "a")
     torch.testing.assert_close(logits(again.model), expected, rtol=0, atol=0)
     assert {x.name: (x.rank, x.alpha) for x in again.plan.layers} == {
@@ -169,7 +169,7 @@ def test_ours_loads_in_stock_peft_and_here(name, quantization, tmp_path):
     again.save(tmp_path / "b")
     assert (tmp_path / "b/adapter_model.safetensors").stat().st_size > 0
     third = PeftModel.from_pretrained(base(case, quantization), tmp_path / "b")
-    torch.testing.assert_close(logits(third), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(third), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
@@ -185,7 +185,7 @@ def test_stock_peft_loads_here(name, quantization, tmp_path):
     theirs.save_pretrained(tmp_path / "a")
     adapter = la.restore(base(case, quantization), tmp_path / "a")
     assert any(isinstance(m, EngineLayer) for m in adapter.model.modules())
-    torch.testing.assert_close(logits(adapter.model), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(adapter.model), expected, rtol=0, atol=1e-5)
     trainable = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(p.numel() for p in adapter.parameters()) == trainable
 

@@ -135,7 +135,7 @@ def test_the_checkpoint_is_the_trained_adapter(two, case, saved):
     assert restored.keys() == trained.keys()
     assert all(torch.equal(value, trained[name]) for name, value in restored.items())
     theirs = PeftModel.from_pretrained(base(case), folder)
-    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=0)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
 
 
 def test_only_the_first_process_writes(two):
