@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -23,6 +24,8 @@ from .groups import SiblingGroup
 from .routes import PLAIN_TENSORS, Route, active, base_route, why_parent
 
 _transforms: Any = torch._C._functorch.get_dynamic_layer_stack_depth  # type: ignore[attr-defined]
+#: The compiler of older torch can't look at transforms; there torch itself refuses a function of ours inside one.
+_UNTRACED = Version(torch.__version__.split("+")[0]) < Version("2.15")
 
 #: Without gradients, the rows up to which a 4-bit base runs its own kernel, which multiplies the packed weight directly.
 FEW_ROWS = 64
@@ -77,9 +80,10 @@ class FusedForward(nn.Module):
             return f"the input is a {type(x).__name__}"
         if x.layout is not torch.strided or x.is_nested or x.is_complex():
             return "the input is sparse, nested or complex"
-        if _transforms():
+        compiling = torch.compiler.is_compiling()
+        if not (compiling and _UNTRACED) and _transforms():
             return "a transform of torch.func looks at each operation"
-        if torch.compiler.is_compiling():
+        if compiling:
             if torch.compiler.is_exporting():
                 return "the model is being exported"
             return "the compiler draws and keeps dropout's masks itself" if self._dropouts(names) else ""
