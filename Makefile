@@ -41,7 +41,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/parity.py
-	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/layers.py; fi
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  $(BIN)/python benchmarks/layers.py && $(BIN)/python benchmarks/models.py; fi
 
 # The oldest supported versions (see tests/oldest.txt).
 test-oldest: .venv-oldest/.done

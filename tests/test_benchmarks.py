@@ -90,3 +90,15 @@ def test_parity(tmp_path):
     assert arrives["ours, bf16"]["0.001 arrives"] > arrives["ours, bf16 forced"]["0.001 arrives"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_models():
+    done = run(
+        "models.py", "--tiny", "--device", "cpu", "--models", "llama-1b", "--rounds", "2", "--seconds", "0.05", "--json"
+    )
+    rows = json.loads(done.stdout)
+    names = ["base", "PEFT, autocast", "PEFT, bf16", "ours, autocast", "ours, bf16"]
+    assert [(row["weights"], row["variant"]) for row in rows] == [(w, n) for w in ("bf16", "nf4") for n in names]
+    for row in rows:
+        assert_ratio(row["/ base"])
+        assert_ratio(row["/ PEFT"])

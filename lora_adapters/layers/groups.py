@@ -3,7 +3,8 @@
 The model goes on calling its layers one by one. Which of them are given one variable is read off the source of the module
 that holds them; no source, no group. The first of such a run computes for all, and each of the others takes its result if
 it is called with that very tensor, unwritten, and with nothing about itself changed; else it computes alone. So a sibling
-that is called alone or with another tensor is right in any case, and at most work is wasted. As nothing is decided while
+that is called alone or with another tensor is right in any case; at most work is wasted, and results are held until the
+first one is called again. As nothing is decided while
 a model runs, a repeated forward (gradient checkpointing) and a resumed training do what the first one did, bit for bit.
 """
 

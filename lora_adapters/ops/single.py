@@ -58,37 +58,27 @@ class _Single(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
     ) -> torch.Tensor:
-        weight, merged, scaling, base, low, output = settings
         ctx.settings, ctx.dtype, ctx.factor_dtype = settings, x.dtype, a.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            with no_autocast(x.device.type):
-                return _forward(ctx, x, weight, merged, scaling, base, low, output, kept, bias, a, b)
-        return _forward(ctx, x, weight, merged, scaling, base, low, output, kept, bias, a, b)
+        with no_autocast(x.device.type):
+            return _forward(ctx, x, kept, bias, a, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_autocast_enabled(dy.device.type):
-            with no_autocast(dy.device.type):
-                return _backward(ctx, dy)
-        return _backward(ctx, dy)
+        with no_autocast(dy.device.type):
+            return _backward(ctx, dy)
 
 
 def _forward(
     ctx: Any,
     x: torch.Tensor,
-    weight: FrozenWeight,
-    merged: bool,
-    scaling: float,
-    base: torch.dtype,
-    low: torch.dtype,
-    output: torch.dtype,
     kept: torch.Tensor | None,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> torch.Tensor:
+    weight, merged, scaling, base, low, output = ctx.settings
     if x.dtype is not base and low is base and x.element_size() > base.itemsize:
         x = x.to(base)  # what all products take, and half of what autograd would keep
     shape = x.shape

@@ -320,7 +320,6 @@ def launch(
     b: torch.Tensor | None,
     scaling: float,
     dtype: torch.dtype,
-    multiply: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Run the kernel. `tile` is for measuring; see `dequantize_merge` for the rest."""
@@ -338,12 +337,7 @@ def launch(
     rank, factor, strides = 0, None, (0, 0)
     if a is not None and b is not None:
         a, b = unit_stride(a), unit_stride(b)
-        if multiply is not None and (a.dtype is not multiply or b.dtype is not multiply):
-            if not facts(device).multiplies(multiply):
-                a, b = a.to(multiply), b.to(multiply)
-            factor = multiply
-        else:
-            factor = a.dtype if a.dtype is b.dtype else torch.float32
+        factor = a.dtype if a.dtype is b.dtype else torch.float32
         rank, strides = a.shape[0], (a.stride(0), b.stride(0))
     words = inn % 8 == 0 and packed.data_ptr() % 4 == 0
     plan = _plan(device, out, inn, rank, blocksize, absmax2 is not None, words, factor, dtype, tile)
@@ -352,14 +346,14 @@ def launch(
     return cast(weight, dtype)
 
 
-def _fake(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply=None):
+def _fake(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype):
     return packed.new_empty((out, inn), dtype=dtype)
 
 
 _operator = register(
     "triton_dequantize_merge(Tensor packed, Tensor absmax, Tensor code, Tensor? absmax2, Tensor? code2, "
-    "Tensor? offset, int blocksize, SymInt out, SymInt inn, Tensor? a, Tensor? b, float scaling, ScalarType dtype, "
-    "ScalarType? multiply) -> Tensor",
+    "Tensor? offset, int blocksize, SymInt out, SymInt inn, Tensor? a, Tensor? b, float scaling, ScalarType dtype) "
+    "-> Tensor",
     launch,
     _fake,
 )
@@ -377,7 +371,6 @@ def dequantize_merge(
     b: torch.Tensor | None,
     scaling: float,
     dtype: torch.dtype,
-    multiply: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the effective weight round(dequant(W) + scaling * b @ a), rounded once, from fp32.
 
@@ -397,7 +390,6 @@ def dequantize_merge(
             fp32 always.
         scaling: factor of b @ a.
         dtype: fp32, bf16 or fp16.
-        multiply: the dtype that both factors are rounded to before they are multiplied, as autocast would; None: none.
 
     Returns:
         (out, inn) of `dtype`, contiguous.
@@ -407,7 +399,7 @@ def dequantize_merge(
     """
     primitives.check_settings(quant_type, blocksize)
     out, inn = shape
-    for kind in (dtype, multiply or dtype, *(factor.dtype for factor in (a, b) if factor is not None)):
+    for kind in (dtype, *(factor.dtype for factor in (a, b) if factor is not None)):
         if kind not in primitives.FLOATS:
             raise RequestError(f"The effective weight and its factors can be fp32, bf16 or fp16, not {kind}.")
     if packed.numel() * packed.element_size() < (out * inn + 1) // 2:
@@ -423,4 +415,4 @@ def dequantize_merge(
     absmax2, code2, offset = nested or (None, None, None)
     # The operator is for who looks at operations (compilers, simulated tensors); it takes as long as the launch itself.
     run = _operator if torch.compiler.is_compiling() or type(packed) is FakeTensor else launch
-    return run(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype, multiply)
+    return run(packed, absmax, code, absmax2, code2, offset, blocksize, out, inn, a, b, scaling, dtype)

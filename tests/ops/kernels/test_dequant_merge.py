@@ -21,10 +21,10 @@ class Packed:
         state = self.state
         return (state.state2.absmax, state.state2.code, state.offset) if state.nested else None
 
-    def kernel(self, a, b, scaling, dtype, multiply=None):
+    def kernel(self, a, b, scaling, dtype):
         s = self.state
         settings = (s.absmax, s.code, self.nested(), s.blocksize, s.quant_type, self.shape)
-        return kernels.dequantize_merge(self.packed, *settings, a, b, scaling, dtype, multiply)
+        return kernels.dequantize_merge(self.packed, *settings, a, b, scaling, dtype)
 
     def dequantized(self, dtype):
         return primitives.dequantize(self.packed, self.state, self.shape, dtype)
@@ -92,17 +92,6 @@ def test_every_rank(device, rank, dtype):
     weight = Packed(device, 40, 160)
     a, b = factors(device, 40, 160, rank, dtype)
     assert_merged(weight.kernel(a, b, 0.5, dtype), weight.merged(a, b, 0.5, dtype), dtype)
-
-
-@pytest.mark.parametrize("a_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("multiply", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("inn", [192, 75])
-def test_factors_may_be_rounded_before_they_are_multiplied(device, inn, multiply, a_dtype):
-    """As autocast rounds them, without a kernel for each cast."""
-    weight = Packed(device, 33, inn)
-    a, b = factors(device, 33, inn, 5, a_dtype, torch.float32)
-    rounded = weight.kernel(a.to(multiply), b.to(multiply), 2.0, torch.bfloat16)
-    assert torch.equal(weight.kernel(a, b, 2.0, torch.bfloat16, multiply), rounded)
 
 
 @pytest.mark.parametrize("programs", [1, 1000])
@@ -187,8 +176,6 @@ def test_what_does_not_fit_is_refused(device):
         weight.kernel(a, b, 1.0, torch.int32)
     with pytest.raises(RequestError, match="float64"):
         weight.kernel(a.double(), b, 1.0, torch.float32)
-    with pytest.raises(RequestError, match="int8"):
-        weight.kernel(a, b, 1.0, torch.float32, torch.int8)
     weight.state.absmax = weight.state.absmax[:15]
     with pytest.raises(RequestError, match="block maxima"):
         weight.kernel(a, b, 1.0, torch.float32)
