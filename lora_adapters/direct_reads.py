@@ -17,7 +17,7 @@ _WEIGHT_READ = re.compile(
     r"requires_grad|data_ptr|element_size|grad))"
 )
 #: Methods that run when a model is built or tied, not when it computes.
-_SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantize")
+_SETUP = re.compile(r"init|reset|tie|resize|prune|load|convert|set_|get_|quantize|fuse")
 
 _NOTHING = "without calling it, where an adapter would do nothing"
 

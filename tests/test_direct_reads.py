@@ -60,6 +60,24 @@ def test_asking_for_one_by_name_is_refused(name):
     assert_same(model, before)
 
 
+def test_a_method_that_rebuilds_the_layers_does_not_count():
+    class Fusing(nn.Module):
+        """As diffusers' Attention, whose fuse_projections makes one layer of three."""
+
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.to_q(x)
+
+        def fuse_projections(self):
+            self.to_qkv = nn.Linear(16, 16)
+            self.to_qkv.weight.copy_(self.to_q.weight)
+
+    assert [layer.name for layer in la.plan(Fusing(), rank=2).layers] == ["to_q"]
+
+
 def test_a_read_under_another_name_counts():
     class Reads(Block):
         def forward(self, x):

@@ -96,10 +96,11 @@ class _Conv(torch.autograd.Function):
         x: torch.Tensor,
         layer: Layer,
         dtypes: Dtypes,
-        addend: torch.Tensor | None,
-        kept: torch.Tensor | None,
-        *factors: torch.Tensor,
+        *tensors: Any,
     ) -> torch.Tensor:
+        # Not named one by one: torch 2.14's compiler takes a call with as many arguments as forward has names, ctx not
+        # counted, for one without ctx.
+        addend, kept, *factors = tensors
         if not layer.merged and _merging_is_cheaper(x, layer, dtypes):
             layer = replace(layer, merged=True)
         ctx.layer, ctx.dtypes, ctx.dtype, ctx.draw = layer, dtypes, x.dtype, None
@@ -273,4 +274,8 @@ def _up_input_gradient(dy: torch.Tensor, b: torch.Tensor, groups: int) -> torch.
 def _up_weight_gradient(dy: torch.Tensor, h: torch.Tensor, groups: int) -> torch.Tensor:
     rows = dy.flatten(2).unflatten(1, (groups, -1))
     columns = h.flatten(2).unflatten(1, (groups, -1))
+    if rows.is_cuda and rows.itemsize == 2:
+        # Not rounded before the images are summed.
+        pairs = rows.flatten(0, 1), columns.transpose(2, 3).flatten(0, 1)
+        return torch.bmm(*pairs, out_dtype=torch.float32).unflatten(0, (-1, groups)).sum(0).flatten(0, 1)
     return torch.matmul(rows, columns.transpose(2, 3)).sum(0).flatten(0, 1)

@@ -41,9 +41,9 @@ class _Embedding(torch.autograd.Function):
         index: torch.Tensor,
         scalings: tuple[float, ...],
         dtype: torch.dtype,
-        padding_idx: int | None,
-        *factors: torch.Tensor,
+        *rest: Any,
     ) -> torch.Tensor:
+        padding_idx, *factors = rest  # not named for the reason in `conv`
         ctx.scalings, ctx.dtype, ctx.padding_idx, ctx.base = scalings, dtype, padding_idx, result.dtype
         ctx.save_for_backward(index, *factors)
         with no_autocast(result.device.type):

@@ -203,9 +203,7 @@ def split_product(
     """
     if rows.is_cuda and rows.itemsize == 2:
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-        if h.dtype is y.dtype:
-            return y.addmm_(h, b.t(), alpha=scaling)
-        return y.add_(lowrank.up(h, b, None, y.dtype, scaling))
+        return lowrank.add_up(y, h, b, scaling)
     return lowrank.up(h, b, bias, rows.dtype, scaling).addmm_(rows, weight)
 
 

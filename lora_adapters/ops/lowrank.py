@@ -54,6 +54,18 @@ def up(
     return y if bias is None else y.add_(bias)
 
 
+def add_up(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """Add scaling * h @ b^T to y (tokens, out) in place and return it: summed in the wider dtype, rounded once.
+
+    h (tokens, rank) and b (out, rank) are of one dtype, y of any. No derivative unless all are of one.
+    """
+    if h.dtype is y.dtype:
+        return y.addmm_(h, b.t(), alpha=scaling)
+    if kernels.available(y.device, y.dtype, h.dtype, b.dtype) and y.is_contiguous():
+        return kernels.add_up(y, h, b, scaling)
+    return y.add_(product(h, b.t(), scaling))
+
+
 def up_gradients(
     dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,14 +22,15 @@ from ...weights.primitives import FLOATS
 
 if TYPE_CHECKING:
     from .dequant_merge import dequantize_merge
-    from .lowrank import down, down_grad, up, up_grads, up_grads_pays
+    from .lowrank import add_up, down, down_grad, up, up_grads, up_grads_pays
 
-__all__ = ["available", "dequantize_merge", "down", "down_grad", "up", "up_grads", "up_grads_pays"]
+__all__ = ["add_up", "available", "dequantize_merge", "down", "down_grad", "up", "up_grads", "up_grads_pays"]
 
 #: The least compute capability that Triton compiles these kernels for.
 MIN_CAPABILITY = (7, 5)
 _ANSWERS: dict[torch.device, bool] = {}
 _HOMES = {
+    "add_up": "lowrank",
     "dequantize_merge": "dequant_merge",
     "down": "lowrank",
     "down_grad": "lowrank",

@@ -4,6 +4,7 @@ They are bound by memory, so each kernel reads or writes the long side once and 
 
     down       h  = x @ a^T                                   x (T, inn), a (R, inn)
     up         y  = scaling * h @ b^T + bias                  h (T, R), b (out, R), written in its dtype at once
+    add_up     y += scaling * h @ b^T                         in place, rounded once
     up_grads   dh = scaling * dy @ b, db = scaling * dy^T @ h  dy (T, out) read once for both
     down_grad  da = dh^T @ x                                  dh (T, R), x (T, inn)
 
@@ -183,6 +184,7 @@ def _up_kernel(
     b_step,  # from one rank to the next
     scaling,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,  # to what is in y
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -206,8 +208,10 @@ def _up_kernel(
     y *= scaling
     if BIAS:
         y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
-    place = rows[:, None] * features + cols[None, :]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=row_inside[:, None] & inside[None, :])
+    place = y_ptr + rows[:, None] * features + cols[None, :]
+    if ADD:
+        y += tl.load(place, mask=row_inside[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=row_inside[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -395,16 +399,37 @@ def launch_up(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Return scaling * h @ b^T + bias (tokens, features) in `dtype`. b may have any strides. `tile` is for measuring."""
+    y = h.new_empty((h.shape[0], b.shape[0]), dtype=written(dtype, h.device))
+    _start_up(y, h, b, bias, scaling, False, tile)
+    return cast(y, dtype)
+
+
+def launch_add_up(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+    """Add scaling * h @ b^T to y (tokens, features), contiguous, in place. b may have any strides."""
+    dtype = written(y.dtype, y.device)
+    into = y if dtype is y.dtype else y.to(dtype)
+    _start_up(into, h, b, None, scaling, True, None)
+    if into is not y:
+        y.copy_(into)
+
+
+def _start_up(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    add: bool,
+    tile: Tile | None,
+) -> None:
     tokens, (features, rank) = h.shape[0], b.shape
-    y = h.new_empty((tokens, features), dtype=written(dtype, h.device))
     if y.numel() == 0:
-        return cast(y, dtype)
+        return
     h, bias = unit_stride(h), None if bias is None else bias.contiguous()
     tile, settings = _plan(up_tile, tokens, features, rank, h.device, (h.dtype, b.dtype), tile)
     grid = (ceil_div(tokens, tile.tokens) * ceil_div(features, tile.features),)
     operands = (b, b if bias is None else bias, y, tokens, features, rank, h.stride(0), *b.stride(), scaling)
-    start(_up_kernel, grid, h, *operands, BIAS=bias is not None, **settings)
-    return cast(y, dtype)
+    start(_up_kernel, grid, h, *operands, BIAS=bias is not None, ADD=add, **settings)
 
 
 def launch_up_grads(
@@ -451,6 +476,10 @@ def _fake_up(h, b, bias, scaling, dtype):
     return h.new_empty((h.shape[0], b.shape[0]), dtype=dtype)
 
 
+def _fake_add_up(y, h, b, scaling):
+    return None
+
+
 def _fake_up_grads(dy, h, b, scaling):
     return h.new_empty(h.shape), b.new_empty(b.shape, dtype=torch.float32)
 
@@ -468,6 +497,11 @@ _up = register(
     "triton_up(Tensor h, Tensor b, Tensor? bias, float scaling, ScalarType dtype) -> Tensor",
     launch_up,
     _fake_up,
+)
+_add_up = register(
+    "triton_add_up(Tensor(a!) y, Tensor h, Tensor b, float scaling) -> ()",
+    launch_add_up,
+    _fake_add_up,
 )
 _up_grads = register(
     "triton_up_grads(Tensor dy, Tensor h, Tensor b, float scaling) -> (Tensor, Tensor)",
@@ -536,6 +570,28 @@ def up(
     if dtype not in FLOATS:
         raise RequestError(f"The kernels write fp32, bf16 and fp16, not {dtype}.")
     return _up(h, b, bias, scaling, dtype)
+
+
+def add_up(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """Add scaling * h @ b^T to y in place: accumulated in fp32, rounded once. No derivative.
+
+    Args:
+        y: (T, out) fp32, bf16 or fp16, contiguous.
+        h: (T, R) fp32, bf16 or fp16.
+        b: (out, R) fp32, bf16 or fp16, with any strides.
+        scaling: factor of the product.
+
+    Returns:
+        y.
+
+    Raises:
+        RequestError: the shapes don't fit together, y is not contiguous, or a dtype is another one.
+    """
+    _check(y.shape == (h.shape[0], b.shape[0]) and h.shape[1] == b.shape[1], y=y, h=h, b=b)
+    if not y.is_contiguous():
+        raise RequestError("add_up writes to a contiguous result only.")
+    _add_up(y, h, b, scaling)
+    return y
 
 
 def up_grads_pays(dy: torch.Tensor, h: torch.Tensor) -> bool:

@@ -60,6 +60,17 @@ def test_up(device, tokens, features, rank, h_dtype, dtype, bias_dtype):
     assert torch.equal(kernels.up(h, b.t().contiguous().t(), bias, dtype, -1.5), y)
 
 
+@pytest.mark.parametrize("h_dtype, dtype", [(F32, BF16), (F32, F16), (F32, F32), (BF16, F16), (F16, F32)])
+@pytest.mark.parametrize("tokens, features, rank", SHAPES)
+def test_add_up_rounds_the_sum_once(device, tokens, features, rank, h_dtype, dtype):
+    h, b = normal(device, tokens, rank, dtype=h_dtype), normal(device, features, rank, seed=1)
+    y = normal(device, tokens, features, dtype=dtype, seed=2)
+    exact = y.double() - 1.5 * (h.double() @ b.double().t())
+    magnitude = y.double().abs() + 1.5 * (h.double().abs() @ b.double().abs().t())
+    assert kernels.add_up(y, h, b, -1.5) is y
+    assert ((y.double() - exact).abs() <= 4e-6 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs()).all()
+
+
 @pytest.mark.parametrize("long, short", MIXES)
 @pytest.mark.parametrize("tokens, features, rank", SHAPES)
 def test_up_grads(device, tokens, features, rank, long, short):
@@ -189,6 +200,10 @@ def test_what_does_not_fit_is_refused(device):
     for wrong in [(h[:, :3], b, None), (h, b, x[0, :19])]:
         with pytest.raises(RequestError, match="h"):
             kernels.up(*wrong, BF16)
+    with pytest.raises(RequestError, match="y"):
+        kernels.add_up(x[:8], h, b)
+    with pytest.raises(RequestError, match="contiguous"):
+        kernels.add_up(x.t().contiguous().t(), h, b)
     with pytest.raises(RequestError, match="int32"):
         kernels.up(h, b, None, torch.int32)
     with pytest.raises(RequestError, match="dh"):
