@@ -31,7 +31,7 @@ kernels: $(VENV)/.dev
 	TRITON_INTERPRET=1 LORA_ADAPTERS_KERNELS=interpret OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/ops/kernels
 
 # Every model type that transformers registers, and the table in docs/; `make test` runs a sample of them.
-sweep: $(VENV)/.sweep
+sweep: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers/sweep.py
 
 bench: $(VENV)/.dev
@@ -59,10 +59,6 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[dev]" -e examples/third_party_plugin
 	touch $@ $(VENV)/.demo
-
-$(VENV)/.sweep: $(VENV)/.dev
-	$(BIN)/python -m pip install -q -e ".[sweep]"
-	touch $@
 
 .venv-oldest/.done: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -9,10 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from .backends import backend_for
 from .request import AttachRequest
+from .targets import Rows
 
 if TYPE_CHECKING:
     from .memory import StepMemory
     from .weights import Quantizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the projections that a fused layer holds, adapted by ranks of its own.
+
+    Attributes:
+        role: "q", "k" or "v".
+        rank: how many of the layer's ranks are its own, after those of the parts before it.
+        rows: the rows of the layer's weight that these ranks change, as (first, end) ranges.
+    """
+
+    role: str
+    rank: int
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,8 @@ class PlannedLayer:
         parameters: values the adapter adds here.
         layer: "package.module:Class" of the adapter layer.
         engine: "direct" if this package builds the layer, "peft" if PEFT's own injection does.
+        parts: the parts of a fused projection that are adapted, each by ranks of its own; empty where all of it is.
+        read_by: who reads the weight without calling the module; "" if nobody does.
     """
 
     name: str
@@ -44,6 +62,8 @@ class PlannedLayer:
     parameters: int
     layer: str
     engine: str = "direct"
+    parts: tuple[Part, ...] = ()
+    read_by: str = ""
 
 
 @dataclass(frozen=True)

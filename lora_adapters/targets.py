@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .hooks.specs import ROLES, TargetMap
@@ -18,6 +18,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o", "qkv", "kv"),
     "all-linear": ("q", "k", "v", "o", "qkv", "kv", "mlp", "other"),
 }
+
+
+#: Rows of a weight, as (first, end) ranges in ascending order.
+Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Classification:
         default: the role expression that targets="auto" means for this model.
         notes: things the user should know (shown in the plan).
         unverified: why nobody could check the roles, as a sentence; role expressions are then refused. "" if checked.
+        parts: name of a fused projection -> role ("q", "k", "v") -> the rows of its weight that have it.
+        reads: name of a module whose weight other code reads without calling it -> who does; such a module can be adapted
+            all the same where its backend says so here.
+        bounded: True if a layer that a role chose gets no larger rank than makes the adapter as large as the layer.
     """
 
     roles: Mapping[str, str]
@@ -54,6 +62,9 @@ class Classification:
     default: str
     notes: tuple[str, ...] = ()
     unverified: str = ""
+    parts: Mapping[str, Mapping[str, Rows]] = field(default_factory=dict)
+    reads: Mapping[str, str] = field(default_factory=dict)
+    bounded: bool = False
 
 
 class Backend(Protocol):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from packaging.version import Version
 from helpers import llama, net, perturb, tokens
 from layer_checks import adapted, assert_like
+from packaging.version import Version
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -1,0 +1,55 @@
+"""The timm backend: what `lora_adapters.targets.Backend` asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_adapters.hooks.specs import TargetMap
+from lora_adapters.targets import Classification, ModelInfo
+
+from . import roles
+
+
+class TimmBackend:
+    """Knows every model of timm."""
+
+    name = "timm"
+    #: Convolutions hold most of the weights of half of timm's families.
+    quantized_roles = ("q", "k", "v", "o", "qkv", "kv", "mlp", "conv", "other")
+
+    def family(self, model: nn.Module) -> str:
+        """Return the model's class name."""
+        return type(model).__name__
+
+    def classify(self, info: ModelInfo, maps: Iterable[TargetMap]) -> Classification:
+        """Return the role of every module; see `roles.classify`."""
+        return roles.classify(info, maps)
+
+    def task_type(self, model: nn.Module) -> None:
+        """Return None: PEFT has no task type for images, its plain PeftModel serves."""
+
+    def heads_to_train(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the model's classifiers, which are trained and saved whole."""
+        return roles.classifiers(model)
+
+    def example_inputs(self, model: nn.Module, batch_size: int, sequence_length: int, device: Any) -> dict[str, Any]:
+        """Return a batch of images of the size that the model was made for."""
+        config = getattr(model, "pretrained_cfg", None) or {}
+        size = config.get("input_size") or (3, 224, 224)
+        return {"x": torch.randn(batch_size, *size, device=device)}
+
+    def can_load(self, name: str, revision: str | None = None) -> bool:
+        """Return True if `name` is a model that timm registers."""
+        import timm
+
+        return timm.is_model(name)
+
+    def load(self, name: str, **options: Any) -> nn.Module:
+        """Load a model by name."""
+        import timm
+
+        return timm.create_model(name)
