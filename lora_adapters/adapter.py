@@ -250,8 +250,9 @@ class Adapter:
     def detach(self) -> nn.Module:
         """Take the adapter off and give the model its original modules back, bit for bit.
 
-        A base that `attach` quantized stays quantized: its dense weights were let go. Liger's kernels go with the last
-        adapter that asked for them.
+        A base that `attach` quantized stays quantized: its dense weights were let go. Where other code reads such a
+        weight without calling its module, the module becomes a dense one with the dequantized weight, and a warning
+        says so. Liger's kernels go with the last adapter that asked for them.
 
         Returns:
             The base model.
@@ -259,6 +260,7 @@ class Adapter:
         base, state = self.base, self._state
         if self.merged:
             self.unmerge()
+        packed = inject.read_packed(base, self.plan)
         del state.adapters[self.name]
         if inject.adapter_names(base) == {self.name}:
             for changes in reversed(state.changes):
@@ -272,6 +274,7 @@ class Adapter:
                 # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
                 left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
+        inject.unpack(base, packed)
         self._release_kernels()
         self._base = None
         return base

@@ -59,6 +59,17 @@ class EngineLayer(nn.Module, LoraLayer):
         def _set_factors(self, name: str, factors: Factors) -> None: ...
         def get_delta_weight(self, adapter: str) -> torch.Tensor: ...  # noqa: D102
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base module that this layer lacks: models ask a layer for its kernel_size."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Not yet there while a copy is being made; a name of PEFT's must not be found on another layer of its.
+            base = vars(self).get("_modules", {}).get("base_layer")
+            if base is None or name == "base_layer" or name.startswith(("lora_", "__")):
+                raise
+            return getattr(base, name)
+
     @classmethod
     def wrap(cls, base: nn.Module) -> EngineLayer:
         """Return a layer around `base` with no adapter yet."""
