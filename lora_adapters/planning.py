@@ -93,7 +93,7 @@ class _Shared:
     @classmethod
     def of(cls, model: nn.Module) -> _Shared:
         """Look a model through. Names are those without adapters."""
-        tied = {name.removesuffix(".base_layer"): reason for name, reason in tied_names(model).items()}
+        tied = {_without_adapter(model, name): reason for name, reason in tied_names(model).items()}
         return cls(other_names(model), tied)
 
     def notes(self, model: nn.Module, layers: list[PlannedLayer], request: AttachRequest) -> Iterator[str]:
@@ -111,6 +111,13 @@ class _Shared:
             )
         if self.tied and request.quantization is not None:
             yield f"{len(self.tied)} modules share their weight with another one and stay as they are, dense."
+
+
+def _without_adapter(model: nn.Module, name: str) -> str:
+    """Return the name that a module has without adapters. (A model may call a module of its own `base_layer`.)"""
+    owner, _, last = name.rpartition(".")
+    wrapped = last == "base_layer" and hasattr(model.get_submodule(owner), "get_base_layer")
+    return owner if wrapped else name
 
 
 class _LayerSpecs:

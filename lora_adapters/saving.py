@@ -215,10 +215,9 @@ def _trained_biases(base: nn.Module, plan: AttachPlan) -> list[tuple[str, torch.
         return []
     adapted = {layer.name for layer in plan.layers}
     found = []
-    for name, module in base.named_modules():
-        bias = getattr(base_of(module), "bias", None)
-        inside = any(part in name for part in (".modules_to_save", ".original_module", ".base_layer", ".lora_"))
-        if not isinstance(bias, nn.Parameter) or inside:
+    for name in inject.plain_names(base):
+        bias = getattr(base_of(base.get_submodule(name)), "bias", None)
+        if not isinstance(bias, nn.Parameter):
             continue
         if name in adapted:
             found.append((f"{name}.base_layer.bias", bias))
