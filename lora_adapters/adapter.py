@@ -16,6 +16,7 @@ from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
 from .norms import update_norm
+from .quantized import packed_and_read, unpack
 from .saving import save_adapter
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ class Adapter:
         base, state = self.base, self._state
         if self.merged:
             self.unmerge()
-        packed = inject.read_packed(base, self.plan)
+        packed = packed_and_read(base, self.plan)
         del state.adapters[self.name]
         if inject.adapter_names(base) == {self.name}:
             for changes in reversed(state.changes):
@@ -274,7 +275,7 @@ class Adapter:
                 # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
                 left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
-        inject.unpack(base, packed)
+        unpack(base, packed)
         self._release_kernels()
         self._base = None
         return base

@@ -35,7 +35,7 @@ from .layers.routes import Route, route
 from .naming import patterns_for, target_modules_for
 from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
-from .weights import guard_cpu_repacking, mark_quantized, quantize_modules, store_for
+from .weights import guard_cpu_repacking, mark_quantized, quantize_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -448,31 +448,6 @@ def unwrap_empty(model: nn.Module) -> None:
     empty = [m for m in model.modules() if isinstance(m, LoraLayer) and not (m.lora_A or m.lora_embedding_A)]
     for layer in empty:
         put(places[id(layer)], layer.get_base_layer())
-
-
-def read_packed(model: nn.Module, plan: AttachPlan) -> list[nn.Module]:
-    """Return the quantized base modules that other code reads, and could no longer read without this plan's adapter."""
-    found = []
-    for planned in plan.layers:
-        layer: Any = model.get_submodule(planned.name)
-        if planned.read_by and _names(layer) == {plan.request.adapter_name}:
-            store = store_for(base_of(layer))
-            if store is not None and store.format != "dense":
-                found.append(store.module)
-    return found
-
-
-def unpack(model: nn.Module, packed: list[nn.Module]) -> None:
-    """Put dense modules in the places of quantized ones."""
-    places = places_of(model)
-    for module in packed:
-        store: Any = store_for(module)
-        put(places[id(module)], store.dense_module(store.read()))
-    if packed:
-        warn(
-            f"{len(packed)} quantized modules became dense again: other code reads their weight without calling them, and "
-            "without an adapter it would read packed bytes. They take more memory now."
-        )
 
 
 def check_free_name(model: nn.Module, name: str) -> None:

@@ -25,6 +25,7 @@ from .selection import Choice, select
 from .sharing import held_twice, other_names, tied_names
 from .targets import Classification, ModelInfo, candidates
 from .trained import count_trained, inside, refuse_shared, task_type_without_head, trained_names
+from .weights.conv4bit import Conv4bit
 from .weights.dense import is_transposed
 
 if TYPE_CHECKING:
@@ -76,7 +77,14 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
         task_type=task_type,
         total_parameters=sum(_numel(p) for p in _plain_parameters(base)),
         trained_parameters=count_trained(base, whole, request, layers),
-        notes=(*notes, *classes.notes, *task_notes, *dense_notes, *shared.notes(base, layers, request)),
+        notes=(
+            *notes,
+            *classes.notes,
+            *task_notes,
+            *dense_notes,
+            *_reading_notes(layers),
+            *shared.notes(base, layers, request),
+        ),
         _model=base,
         _quantizers=quantizers,
     )
@@ -187,7 +195,7 @@ def _plan_layer(
     if store is None or spec is None:
         return refuse(f"no adapter layer for class {type(base).__module__}.{type(base).__qualname__}")
     layer, reads = spec.layer, classes.reads.get(name, "")
-    if reads or runs_own_forward(base):
+    if reads or (runs_own_forward(base) and (store.format == "dense" or isinstance(base, Conv4bit))):
         layer = EFFECTIVE_LAYERS.get(spec.layer, "")
         if reason := _why_not_effective(module, reads, layer, request):
             return refuse(reason)
@@ -215,6 +223,16 @@ def _plan_layer(
         engine="peft" if _special_fields(request) else "direct",
         read_by=reads,
     )
+
+
+def _reading_notes(layers: list[PlannedLayer]) -> list[str]:
+    read = [layer for layer in layers if layer.read_by]
+    if not read:
+        return []
+    return [
+        f"{read[0].read_by} reads the weight of {read[0].name!r} without calling it ({len(read)} such layers): it gets "
+        "the weight with the adapter in it. Stock PEFT's adapter would do nothing there."
+    ]
 
 
 def _why_not_effective(module: nn.Module, reads: str, layer: str, request: AttachRequest) -> str:

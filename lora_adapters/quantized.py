@@ -1,22 +1,24 @@
-"""Which base modules are quantized, and by which quantizer."""
+"""Which base modules are quantized, and by which quantizer; which must be dense because other code reads them."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .backends import backend_for, base_of, classify, unwrap
-from .errors import RequestError, UnsupportedError
+from .errors import LoraAdaptersWarning, RequestError, UnsupportedError
 from .hooks.manager import plugins
 from .request import AttachRequest
-from .sharing import tied_names
+from .sharing import places_of, put, tied_names
 from .targets import Backend, Classification, ModelInfo, candidates, expand
 from .trained import inside, trained_names
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .attach_plan import AttachPlan
     from .weights import Quantizer
 
 #: Roles that `quantization="nf4"` covers when nothing finer is asked: heads, embeddings and routers stay dense.
@@ -81,6 +83,36 @@ def leave_read_dense(quantizers: dict[str, Quantizer], classes: Classification, 
         f"{len(left)} modules stay dense (first {left[0]!r}): {classes.reads[left[0]]} reads the weight without calling "
         "the module, and would read packed bytes, since no adapter of this plan unpacks it."
     ]
+
+
+def packed_and_read(model: nn.Module, plan: AttachPlan) -> list[nn.Module]:
+    """Return the quantized base modules that other code reads, and could no longer read without this plan's adapter."""
+    from .weights import store_for
+
+    found = []
+    for planned in plan.layers:
+        layer: Any = model.get_submodule(planned.name)
+        if planned.read_by and set(layer.lora_A) == {plan.request.adapter_name}:
+            store = store_for(base_of(layer))
+            if store is not None and store.format != "dense":
+                found.append(store.module)
+    return found
+
+
+def unpack(model: nn.Module, packed: list[nn.Module]) -> None:
+    """Put dense modules with the dequantized weights in the places of quantized ones, and say so."""
+    from .weights import store_for
+
+    places = places_of(model)
+    for module in packed:
+        store: Any = store_for(module)
+        put(places[id(module)], store.dense_module(store.read()))
+    if packed:
+        message = (
+            f"{len(packed)} quantized modules became dense again: other code reads their weight without calling them, and "
+            "without an adapter it would read packed bytes. They take more memory now."
+        )
+        warnings.warn(message, LoraAdaptersWarning, stacklevel=3)
 
 
 def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:

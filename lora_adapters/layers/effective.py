@@ -9,7 +9,9 @@ gradient of the weight's size, and dropout included. Anything else they do with 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,12 +45,13 @@ class EffectiveWeight(nn.Module):
         Gradients that reach it go on to the factors. With dropout on it can only be multiplied by an input (F.linear,
         F.conv1d, F.conv2d): anything else raises UnsupportedError.
         """
-        base = self._modules["base_layer"]
-        names = [] if self._disable_adapters or self.merged_adapters else active(self)
-        if names:
-            return self._effective(names)
-        chosen, weight, dtype = readable(base)
-        return base.weight if chosen.reads == "dense" else weight.read(dtype)
+        with _alone():
+            names = [] if self._disable_adapters or self.merged_adapters else active(self)
+            if names:
+                return self._effective(names)
+            base = self._modules["base_layer"]
+            chosen, weight, dtype = readable(base)
+            return base.weight if chosen.reads == "dense" else weight.read(dtype)
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the base class's result with the effective weight in the place of its own.
@@ -56,9 +59,13 @@ class EffectiveWeight(nn.Module):
         Raises:
             UnsupportedError: other adapters for other rows (`adapter_names`), where the class has a forward of its own.
         """
-        base = self._modules["base_layer"]
-        if self._disable_adapters or self.merged_adapters or not runs_own_forward(base):
-            return super().forward(x, *args, **kwargs)
+        with _alone():
+            base = self._modules["base_layer"]
+            if not self._disable_adapters and not self.merged_adapters and runs_own_forward(base):
+                return self._substituted(base, x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def _substituted(self: Any, base: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.pop("adapter_names", None) is not None:
             raise UnsupportedError(
                 f"Rows of one batch can't have adapters of their own (adapter_names) in a {type(base).__name__}, whose own "
@@ -143,11 +150,26 @@ def readable(base: Any) -> tuple[Route, FrozenWeight, torch.dtype]:
     return chosen, weight, weight_dtype(base, chosen.reads)
 
 
+#: Held while a base module has another weight than its own, and by whoever looks at its weight: a server may run one
+#: model in several threads.
+_swapping = threading.RLock()
+
+
+def _alone() -> AbstractContextManager[Any]:
+    """Return the lock; compiled code holds the other weight in a variable, and needs none."""
+    return nullcontext() if torch.compiler.is_compiling() else _swapping
+
+
 def _call_with(base: nn.Module, weight: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
     """Call a base module, hooks included, with another weight."""
     if isinstance(base, OwnForward4bit):
         return base(*args, dense_weight=weight, **kwargs)
-    return torch.func.functional_call(base, {"weight": weight}, args, kwargs)
+    own = base._parameters["weight"]
+    base._parameters["weight"] = weight  # type: ignore[assignment]
+    try:
+        return base(*args, **kwargs)
+    finally:
+        base._parameters["weight"] = own
 
 
 class EffectiveLinear(EffectiveWeight):

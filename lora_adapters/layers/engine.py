@@ -142,8 +142,9 @@ class EngineLayer(nn.Module, LoraLayer):
         with torch.no_grad():
             # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
             wide = torch.promote_types(store.dtype, torch.float32)
-            merged: Any = store.dense_module(store.read(wide))
-            weight: torch.Tensor = merged.weight.data
+            weight = store.read(wide)
+            # A module of the store's own dtype: its bias takes part in 16-bit products as it is.
+            merged: Any = store.dense_module(weight.to(store.dtype))
             own_bias: Any = getattr(merged, "bias", None)
             bias = None if own_bias is None else own_bias.data
             for name in names:

@@ -148,9 +148,9 @@ def base_route(base: nn.Module) -> Route:
 
 
 def runs_own_forward(base: nn.Module) -> bool:
-    """Return True for a linear layer or convolution whose class does something else than torch's, over a weight of its own.
+    """Return True for a linear layer or convolution whose class does something else than torch's with a dense weight.
 
-    Not for transformers' Conv1D, which stores its weight transposed, nor for bitsandbytes' layers.
+    Also for the 4-bit form of such a convolution; not for transformers' Conv1D, which stores its weight transposed.
     """
     if isinstance(base, Conv4bit):
         return _kind(type(base)) == "own"
@@ -158,7 +158,11 @@ def runs_own_forward(base: nn.Module) -> bool:
         base, (nn.Linear, nn.Conv1d, nn.Conv2d)
     ):
         return False
-    return _kind(type(base)) in ("own", "") and isinstance(store_for(base), DenseStore)
+    return _kind(type(base)) in ("own", "") and _is_plainly_dense(base._parameters.get("weight"))
+
+
+def _is_plainly_dense(weight: Any) -> bool:
+    return weight is not None and type(weight) in PLAIN_TENSORS and weight.dtype in DENSE_DTYPES
 
 
 def weight_route(base: nn.Module) -> Route:
@@ -168,8 +172,7 @@ def weight_route(base: nn.Module) -> Route:
         return _MERGED
     if any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(base).__mro__):
         return _MERGED if _is_packed_plainly(base, weight) else _STORED
-    plain = weight is not None and type(weight) in PLAIN_TENSORS and weight.dtype in DENSE_DTYPES
-    return _SPLIT if plain else _STORED
+    return _SPLIT if _is_plainly_dense(weight) else _STORED
 
 
 def _is_packed_plainly(base: Any, weight: Any) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .conv4bit import Conv1d4bit, Conv2d4bit, Conv4bit, frozen_conv
-from .dense import carry_settings, check_shape, copy_bias
 from .deferred import Product, deferred, plain_geometry
+from .dense import carry_settings, check_shape, copy_bias
 
 Self = TypeVar("Self", bound="OwnForward4bit")
 
