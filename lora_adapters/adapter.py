@@ -16,7 +16,7 @@ from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
 from .norms import update_norm
-from .quantized import packed_and_read, unpack
+from .quantized import unpack_read
 from .saving import save_adapter
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class _State:
     """What is known of one base model: its PeftModel, its adapters in the order they came, and how to take them off.
 
+    Also the names of the modules whose weight other code reads, which must never be left packed without an adapter.
+
     It is kept on the model itself and goes with it. (A dictionary that is weak in its keys would keep every model
     alive: the PeftModel holds its base.) A copy of a model begins with nothing known, as a model from elsewhere does.
     """
@@ -39,6 +41,7 @@ class _State:
         self.peft_model = peft_model
         self.adapters: dict[str, Adapter] = {}
         self.changes: list[Changes] = []
+        self.read: set[str] = set()
 
     @classmethod
     def of(cls, base: nn.Module) -> _State | None:
@@ -89,6 +92,7 @@ class Adapter:
             state.keep_on(base)
         state.adapters[self.name] = self
         state.changes.append(changes)
+        state.read |= {layer.name for layer in plan.layers if layer.read_by}
 
     def __repr__(self) -> str:
         state = "merged into its base" if self._merged_away else "detached" if self._base is None else "attached"
@@ -261,7 +265,6 @@ class Adapter:
         base, state = self.base, self._state
         if self.merged:
             self.unmerge()
-        packed = packed_and_read(base, self.plan)
         del state.adapters[self.name]
         if inject.adapter_names(base) == {self.name}:
             for changes in reversed(state.changes):
@@ -275,7 +278,7 @@ class Adapter:
                 # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
                 left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
-        unpack(base, packed)
+        unpack_read(base, state.read)
         self._release_kernels()
         self._base = None
         return base

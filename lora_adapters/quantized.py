@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .backends import backend_for, base_of, classify, unwrap
@@ -18,7 +18,6 @@ from .trained import inside, trained_names
 if TYPE_CHECKING:
     from torch import nn
 
-    from .attach_plan import AttachPlan
     from .weights import Quantizer
 
 #: Roles that `quantization="nf4"` covers when nothing finer is asked: heads, embeddings and routers stay dense.
@@ -85,31 +84,23 @@ def leave_read_dense(quantizers: dict[str, Quantizer], classes: Classification, 
     ]
 
 
-def packed_and_read(model: nn.Module, plan: AttachPlan) -> list[nn.Module]:
-    """Return the quantized base modules that other code reads, and could no longer read without this plan's adapter."""
-    from .weights import store_for
+def unpack_read(model: nn.Module, names: Iterable[str]) -> None:
+    """Make quantized modules dense, with the dequantized weights, and say so.
 
-    found = []
-    for planned in plan.layers:
-        layer: Any = model.get_submodule(planned.name)
-        if planned.read_by and set(layer.lora_A) == {plan.request.adapter_name}:
-            store = store_for(base_of(layer))
-            if store is not None and store.format != "dense":
-                found.append(store.module)
-    return found
-
-
-def unpack(model: nn.Module, packed: list[nn.Module]) -> None:
-    """Put dense modules with the dequantized weights in the places of quantized ones, and say so."""
+    Args:
+        model: the model.
+        names: modules whose weight other code reads. Those that carry an adapter stay: it unpacks them.
+    """
     from .weights import store_for
 
     places = places_of(model)
-    for module in packed:
-        store: Any = store_for(module)
+    packed = [(module, store_for(module)) for module in map(model.get_submodule, names) if base_of(module) is module]
+    packed = [(module, store) for module, store in packed if store is not None and store.format != "dense"]
+    for module, store in packed:
         put(places[id(module)], store.dense_module(store.read()))
     if packed:
         message = (
-            f"{len(packed)} quantized modules became dense again: other code reads their weight without calling them, and "
+            f"{len(packed)} quantized modules became dense: other code reads their weight without calling them, and "
             "without an adapter it would read packed bytes. They take more memory now."
         )
         warnings.warn(message, LoraAdaptersWarning, stacklevel=3)
