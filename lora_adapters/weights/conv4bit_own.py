@@ -59,6 +59,7 @@ class OwnForward4bit(Conv4bit):
         """
         weight = self._frozen_weight() if dense_weight is None else dense_weight
         dense = self._dense(self._computing(weight))
+        dense._buffers = {name: self._cast(buffer) for name, buffer in dense._buffers.items()}
         output = dense.forward(input.to(self.compute_dtype), *args, **kwargs)
         return output.to(input.dtype)
 
@@ -69,9 +70,10 @@ class OwnForward4bit(Conv4bit):
 
     def _computing(self, weight: torch.Tensor) -> dict[str, Any]:
         """Return the dense module's parameters in compute_dtype."""
-        own = {name: p for name, p in self._parameters.items() if name != "weight"}
-        cast = {n: p.to(self.compute_dtype) if p is not None and p.is_floating_point() else p for n, p in own.items()}
-        return {"weight": weight, **cast}
+        return {**{name: self._cast(p) for name, p in self._parameters.items()}, "weight": weight}
+
+    def _cast(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor.to(self.compute_dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
     def _dense(self, parameters: dict[str, Any]) -> Any:
         """Return a module of the dense class with these parameters and the settings, buffers and children of this one."""

@@ -62,7 +62,7 @@ class Standardised(nn.Conv1d):
 
 
 def timm_class(name):
-    return lambda *args, **options: getattr(timm_layers, name)(*args, **options)
+    return getattr(timm_layers, name)
 
 
 LINEARS = {"doubled": Doubled, "called": Called, "normed": Normed, "timm": timm_class("Linear")}
@@ -260,7 +260,7 @@ def test_hooks_of_the_base_run():
 
 
 def test_rows_with_adapters_of_their_own_are_refused():
-    model, layer = adapted(built("StdConv2d")[0])
+    _, layer = adapted(built("StdConv2d")[0])
     with pytest.raises(UnsupportedError, match="adapter_names"):
         layer(data(2, 8, 9, 9), adapter_names=["default", "__base__"])
 
