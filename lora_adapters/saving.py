@@ -62,8 +62,8 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
     if read := [n for n in _layer_names(base, name) if getattr(base.get_submodule(n), "effective", False)]:
         inject.warn(
             f"The weight of {read[0]!r} is read by other code, or by a forward of its class's own ({len(read)} such "
-            f"layers). Stock PEFT's layers don't notice that and may compute something else, or nothing: restore {folder} with "
-            "lora_adapters.restore, or merge the adapter before sharing the model."
+            f"layers). Stock PEFT's layers don't notice that and may compute something else, or nothing: restore {folder} "
+            "with lora_adapters.restore, or merge the adapter before sharing the model."
         )
     config: Any = copy.copy(peft_model.peft_config[name])
     config.base_model_name_or_path = config.base_model_name_or_path or _name_of(base)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from ..errors import UnsupportedError
 from ..ops.autocast import autocast_dtype
@@ -85,6 +86,11 @@ class EffectiveWeight(nn.Module):
             or torch._C._get_tracing_state() is not None
             or forward_ad._current_level >= 0
         )
+        if not torch.compiler.is_compiling() and is_fx_symbolic_tracing():
+            raise UnsupportedError(
+                "torch.fx would record the weight with the adapter in it as a constant: trace the model before you attach, "
+                "or after adapter.merge(unload=True)."
+            )
         plain = all(type(self.scaling[name]) in (float, int) for name in names)
         if watched or not plain or weight.requires_grad:
             self.refuse_dropped(names)

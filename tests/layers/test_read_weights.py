@@ -291,6 +291,34 @@ def test_the_whole_model_every_way(quantization, tmp_path):
     torch.testing.assert_close(other(x), want["y"], rtol=1e-5, atol=1e-5)
 
 
+def test_exported_and_without_gradients():
+    model, _ = reader()
+    x = data(2, 7, 24)
+    want = model.eval()(x).detach()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), want)
+
+
+def test_torch_fx_would_record_a_constant():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(24, 40)
+
+        def forward(self, x):
+            return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+    model, x = Plain(), data(3, 24)
+    adapter = la.attach(model, rank=2, targets=["qkv"])
+    with pytest.raises(UnsupportedError, match=r"torch\.fx"):
+        torch.fx.symbolic_trace(model)
+    perturb(model)
+    y = model(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(adapter.merge(unload=True))(x), y)
+
+
 def test_keys_are_those_of_peft():
     from peft import LoraConfig, get_peft_model
 

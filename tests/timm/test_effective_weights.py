@@ -1,4 +1,4 @@
-"""timm's models that read weights, standardise them, pad by the input's size, ask layers for attributes or say base_layer."""
+"""timm's models that read or standardise weights, pad by the input's size, read layers' attributes, or say base_layer."""
 
 from functools import partial
 
