@@ -16,6 +16,7 @@ from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
 from .norms import update_norm
+from .quantized import unpack_read
 from .saving import save_adapter
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 class _State:
     """What is known of one base model: its PeftModel, its adapters in the order they came, and how to take them off.
 
+    Also the names of the modules whose weight other code reads, which must never be left packed without an adapter.
+
     It is kept on the model itself and goes with it. (A dictionary that is weak in its keys would keep every model
     alive: the PeftModel holds its base.) A copy of a model begins with nothing known, as a model from elsewhere does.
     """
@@ -38,6 +41,7 @@ class _State:
         self.peft_model = peft_model
         self.adapters: dict[str, Adapter] = {}
         self.changes: list[Changes] = []
+        self.read: set[str] = set()
 
     @classmethod
     def of(cls, base: nn.Module) -> _State | None:
@@ -88,6 +92,7 @@ class Adapter:
             state.keep_on(base)
         state.adapters[self.name] = self
         state.changes.append(changes)
+        state.read |= {layer.name for layer in plan.layers if layer.read_by}
 
     def __repr__(self) -> str:
         state = "merged into its base" if self._merged_away else "detached" if self._base is None else "attached"
@@ -250,8 +255,9 @@ class Adapter:
     def detach(self) -> nn.Module:
         """Take the adapter off and give the model its original modules back, bit for bit.
 
-        A base that `attach` quantized stays quantized: its dense weights were let go. Liger's kernels go with the last
-        adapter that asked for them.
+        A base that `attach` quantized stays quantized: its dense weights were let go. Where other code reads such a
+        weight without calling its module, the module becomes a dense one with the dequantized weight, and a warning
+        says so. Liger's kernels go with the last adapter that asked for them.
 
         Returns:
             The base model.
@@ -272,6 +278,7 @@ class Adapter:
                 # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
                 left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
+        unpack_read(base, state.read)
         self._release_kernels()
         self._base = None
         return base

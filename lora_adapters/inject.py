@@ -355,7 +355,7 @@ def build_config(model: nn.Module, plan: AttachPlan) -> LoraConfig:
     rank = Counter(layer.rank for layer in plan.layers).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in plan.layers).most_common(1)[0][0]
     names = [layer.name for layer in plan.layers]
-    universe = _plain_names(model)
+    universe = plain_names(model)
     passed = {
         k: v
         for k, v in request.peft_fields.items()
@@ -380,7 +380,7 @@ def _only_transposed(model: nn.Module, names: Iterable[str]) -> bool:
     return all(type(base_of(model.get_submodule(name))).__name__ == "Conv1D" for name in names)
 
 
-def _plain_names(model: nn.Module) -> list[str]:
+def plain_names(model: nn.Module) -> list[str]:
     """Return module names as they are without adapters: the inside of PEFT layers left out."""
     names: list[str] = []
     inside: tuple[str, ...] = ()

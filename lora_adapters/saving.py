@@ -59,6 +59,12 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
             f"{twice[0]!r} is one module in several places, and stock PEFT adapts it in the first place only: restore "
             f"{folder} with lora_adapters.restore, or merge the adapter before sharing the model."
         )
+    if read := [n for n in _layer_names(base, name) if getattr(base.get_submodule(n), "effective", False)]:
+        inject.warn(
+            f"The weight of {read[0]!r} is read by other code, or by a forward of its class's own ({len(read)} such "
+            f"layers). Stock PEFT's layers don't notice that and may compute something else, or nothing: restore {folder} "
+            "with lora_adapters.restore, or merge the adapter before sharing the model."
+        )
     config: Any = copy.copy(peft_model.peft_config[name])
     config.base_model_name_or_path = config.base_model_name_or_path or _name_of(base)
     if config.task_type is None:
@@ -215,10 +221,9 @@ def _trained_biases(base: nn.Module, plan: AttachPlan) -> list[tuple[str, torch.
         return []
     adapted = {layer.name for layer in plan.layers}
     found = []
-    for name, module in base.named_modules():
-        bias = getattr(base_of(module), "bias", None)
-        inside = any(part in name for part in (".modules_to_save", ".original_module", ".base_layer", ".lora_"))
-        if not isinstance(bias, nn.Parameter) or inside:
+    for name in inject.plain_names(base):
+        bias = getattr(base_of(base.get_submodule(name)), "bias", None)
+        if not isinstance(bias, nn.Parameter):
             continue
         if name in adapted:
             found.append((f"{name}.base_layer.bias", bias))

@@ -59,6 +59,17 @@ class EngineLayer(nn.Module, LoraLayer):
         def _set_factors(self, name: str, factors: Factors) -> None: ...
         def get_delta_weight(self, adapter: str) -> torch.Tensor: ...  # noqa: D102
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base module that this layer lacks: models ask a layer for its kernel_size."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Not yet there while a copy is being made; a name of PEFT's must not be found on another layer of its.
+            base = vars(self).get("_modules", {}).get("base_layer")
+            if base is None or name == "base_layer" or name.startswith(("lora_", "__")):
+                raise
+            return getattr(base, name)
+
     @classmethod
     def wrap(cls, base: nn.Module) -> EngineLayer:
         """Return a layer around `base` with no adapter yet."""
@@ -131,8 +142,9 @@ class EngineLayer(nn.Module, LoraLayer):
         with torch.no_grad():
             # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
             wide = torch.promote_types(store.dtype, torch.float32)
-            merged: Any = store.dense_module(store.read(wide))
-            weight: torch.Tensor = merged.weight.data
+            weight = store.read(wide)
+            # A module of the store's own dtype: its bias takes part in 16-bit products as it is.
+            merged: Any = store.dense_module(weight.to(store.dtype))
             own_bias: Any = getattr(merged, "bias", None)
             bias = None if own_bias is None else own_bias.data
             for name in names:

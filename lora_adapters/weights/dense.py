@@ -136,11 +136,12 @@ _PLAIN = {"linear": (nn.Linear, ("forward",)), "conv1d": (nn.Conv1d, ("forward",
 _PLAIN["conv2d"] = (nn.Conv2d, ("forward", "_conv_forward"))
 
 
-def why_not_plain(module: nn.Module, kinds: tuple[str, ...]) -> str:
+def why_not_plain(module: nn.Module, kinds: tuple[str, ...], own_forward: bool = False) -> str:
     """Return "" if a module of another class may take this module's place, else the reason why not.
 
     Meant for `Quantizer.supports`. Replacing is safe only if the layer does nothing but its framework's own operation
-    on a dense weight: what a subclass or an instance adds to `forward` would be lost.
+    on a dense weight: what a subclass or an instance adds to `forward` would be lost. `own_forward=True` is for a
+    quantizer whose module runs the class's own forward.
     """
     kind, name = layer_kind(module), type(module).__name__
     if kind is None or kind not in kinds:
@@ -153,7 +154,10 @@ def why_not_plain(module: nn.Module, kinds: tuple[str, ...]) -> str:
         return "nn.MultiheadAttention uses this layer's weight without calling the layer"
     if is_transposed(module):
         return "" if name == "Conv1D" else f"{name} may have a forward of its own"
-    base, methods = _PLAIN[kind]
-    if any(getattr(type(module), method, None) is not getattr(base, method, None) for method in methods):
-        return f"{name} has a forward of its own"
-    return ""
+    return "" if own_forward or not has_own_forward(module) else f"{name} has a forward of its own"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return True if the class of an nn.Linear, nn.Conv1d or nn.Conv2d computes in another way than torch's class."""
+    base, methods = _PLAIN[layer_kind(module) or ""]
+    return any(getattr(type(module), method, None) is not getattr(base, method, None) for method in methods)
