@@ -28,10 +28,10 @@ def projections(module: nn.Module) -> dict[str, str]:
     names = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
     roles = {name: _ROLE_OF[name] for name in names if name in _ROLE_OF}
     if "in_proj" in names and hasattr(module, "in_split"):  # [mlp|q|k|v] in one layer: parallel blocks of ViTs
-        # The other half of such a block has the feed-forward's output layer, and the attention's.
-        return {"in_proj": "qkv", "attn_out_proj": "o", "mlp_out_proj": "mlp", "out_proj": "o"}
+        parallel = {"in_proj": "qkv", "attn_out_proj": "o", "mlp_out_proj": "mlp", "out_proj": "o"}
+        return {name: role for name, role in parallel.items() if name in names}
     if "pwise" in names and hasattr(module, "num_keys"):  # LowFormer, CPUBone
-        return {"pwise": "qkv", "o_proj": "o", "upsampling": "o"}
+        return {"pwise": "qkv"} | {name: "o" for name in ("o_proj", "upsampling") if name in names}
     held = set(roles.values())
     if "qkv" in held or ("q" in held and ("k" in held or "kv" in held)):
         if _is_global_query(module):

@@ -64,7 +64,7 @@ def embeddings(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
     names = list(names)
     found = {n for n in names if _PATCH_EMBEDDING.search(n)}
     for first in _words(pretrained_cfg(model).get("first_conv")):
-        fits = [n for n in names if n == first] or [n for n in names if _plain(n).endswith("." + _plain(first))]
+        fits = [n for n in names if n == first] or [n for n in names if _plain(n).endswith(_plain(first))]
         found |= set(fits[:1])
     return frozenset(found)
 

@@ -65,7 +65,8 @@ def _run(info: ModelInfo) -> Uses:
     with rng_untouched(), warnings.catch_warnings(), mode, torch.no_grad():
         warnings.simplefilter("ignore")
         copier = Copier(mode, device)
-        fake: Any = copier.copy(info.model).eval()
+        fake: Any = copier.copy(info.model)
+        fake.eval()
         image = copier.input(torch.empty(1, *image_shape(info.model), device="meta"))
         dtype = next((p.dtype for p in fake.parameters() if p.dtype.is_floating_point), torch.float32)
         watch = _Watch(fake, info.modules)

@@ -7,7 +7,6 @@ The projection's output is replaced by noise, one row of it is pushed at one tok
 - a key has a say in more of the output than a query: softmax(q k^T) v mixes over all keys, a query is one row of it.
   (Attention over tokens: a query row reaches one token, a key row all. Attention over channels: a query row reaches one
   channel, a key row all of its head.)
-- a row of one head reaches the channels of that head only, where heads follow each other in the output.
 """
 
 from __future__ import annotations
@@ -25,16 +24,15 @@ from torch.overrides import TorchFunctionMode
 
 Rows = tuple[tuple[int, int], ...]
 
-#: Attentions that the three rules do not fit, with what is checked instead.
-#: "renamed": the class's own names say something else than the rules do; its q, k, v act as the roles given here.
+#: Classes whose own names say something else than the rules do: their q, k, v act as the roles given here.
 RENAMED: Mapping[str, Mapping[str, str]] = {
     # DaViT: softmax(k^T v) q^T, so what it calls keys asks, and what it calls queries is mixed.
     "ChannelAttention": {"q": "v", "k": "q", "v": "k"},
     # MobileViT v2: softmax(q) weighs the tokens of k, a linear sum, which gates relu(v).
     "LinearSelfAttention": {"q": "k", "k": "v", "v": "q"},
 }
-#: Values pass a normalisation of their own, so they go in neither linearly nor to one channel each.
-NORMALISED_VALUES = ("MultiScaleAttention",)
+#: Values pass a normalisation, so they do not go in linearly: q and k are told apart, and what remains is v.
+NORMALISED_VALUES = ("MultiScaleAttention", "DiffAttention", "DiffParallelScalingBlock")
 
 
 @dataclass(frozen=True)
@@ -46,23 +44,19 @@ class Effect:
 
 
 class _Replace(TorchFunctionMode):
-    """Replaces what a layer of this weight computes by `noise`, and keeps what is given to a layer of that weight."""
+    """Puts `noise` in the place of what the layer with this weight computes, also where the weight is read directly."""
 
-    def __init__(self, weight: torch.Tensor, watched: torch.Tensor | None, noise: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, noise: torch.Tensor | None) -> None:
         super().__init__()
-        self.weight, self.watched, self.noise = weight, watched, noise
+        self.weight, self.noise = weight, noise
         self.made: torch.Tensor | None = None
-        self.seen: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        if func in (F.linear, F.conv2d, torch.conv2d) and self.watched is not None and weight is self.watched:
-            self.seen = args[0].detach().clone()
         out = func(*args, **kwargs)
-        if func in (F.linear, F.conv2d, torch.conv2d) and weight is self.weight:
-            self.made = out if self.noise is None else self.noise.clone()
-            return self.made
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        if weight is self.weight and func in (F.linear, F.conv2d):
+            self.made = out = out if self.noise is None else self.noise.clone()
         return out
 
 
@@ -81,19 +75,22 @@ class Attention:
             owner_name = owner_name.rpartition(".")[0]
         found: list[Any] = []
         owner = model.get_submodule(owner_name)
-        hook = owner.register_forward_pre_hook(lambda _, a, k: found.append((a, k)) if not found else None, with_kwargs=True)
+        hook = owner.register_forward_pre_hook(
+            lambda _, a, k: found.append((a, k)) if not found else None, with_kwargs=True
+        )
         with torch.no_grad():
             model(image)
         hook.remove()
-        self.owner = copy.deepcopy(owner).double().eval()
-        self.owner._forward_pre_hooks.clear()
+        self.owner = copy.deepcopy(owner).double()
+        self.owner.eval()  # LeViT's returns None
         self.args, self.kwargs = (_double(part) for part in found[0])
         self.kind = type(owner).__name__
         layer = self.owner.get_submodule(name[len(owner_name) + 1 :])
         self.weight = layer.weight
-        outputs = [c for c, role in projections(self.owner).items() if role == "o"]
-        inner = [m for c in outputs for m in self.owner.get_submodule(c).modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        self.watched = inner[0].weight if inner else None
+        self.seen: list[torch.Tensor] = []
+        outputs = [child for child, role in projections(self.owner).items() if role == "o"]
+        if outputs:
+            self.owner.get_submodule(outputs[0]).register_forward_pre_hook(lambda _, a: self.seen.append(a[0].clone()))
         self.convolution = isinstance(layer, nn.Conv2d)
         made = self._run(None)[1]
         generator = torch.Generator().manual_seed(0)
@@ -106,23 +103,21 @@ class Attention:
         return self.noise.numel() // self.weight.shape[0]
 
     def _run(self, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        mode = _Replace(self.weight, self.watched, noise)
-        with torch.no_grad(), mode:
+        self.seen.clear()
+        with torch.no_grad(), _Replace(self.weight, noise) as mode:
             out = self.owner(*_clone(self.args), **_clone(self.kwargs))
-        seen = mode.seen if mode.seen is not None else out
         assert mode.made is not None, "the projection was not used"
-        return (seen[0] if isinstance(seen, tuple) else seen), mode.made
+        return (self.seen[0] if self.seen else out), mode.made
 
     def push(self, row: int, amount: float = 2.0) -> Effect:
-        """Push a row at one token in the middle, up and down."""
+        """Push a row at the first token (a corner, where convolutions around the attention reach least), up and down."""
         changes = []
         for sign in (1, -1):
             noise = self.noise.clone()
             if self.convolution:
-                noise[0, row, noise.shape[2] // 2, noise.shape[3] // 2] += sign * amount
+                noise[0, row, 0, 0] += sign * amount
             else:
-                flat = noise.view(noise.shape[0], -1, noise.shape[-1])
-                flat[0, flat.shape[1] // 2, row] += sign * amount
+                noise.view(-1, noise.shape[-1])[0, row] += sign * amount
             changes.append(self._run(noise)[0] - self.base)
         up, down = changes
         size = up.abs().max().item()
@@ -154,6 +149,8 @@ def check_layout(model: nn.Module, image: torch.Tensor, name: str, parts: Mappin
         return "values do not go in linearly"
     if "k" in effects and any(e.linear and e.breadth for e in effects["k"]):
         return "keys go in linearly, as values do"
+    if not any(e.breadth for role in "qk" for e in effects.get(role, ())):
+        raise NotApplicableError(f"neither queries nor keys of {name} reach the output of one image")
     if "q" in effects and "k" in effects:
         query, key = (max(e.breadth for e in effects[role]) for role in "qk")
         if not query * 1.2 < min(e.breadth for e in effects["k"] if e.breadth) <= key:
