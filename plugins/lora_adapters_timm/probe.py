@@ -102,12 +102,13 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function; note whose weight it was given from outside, if it made a tensor of it."""
         out = func(*args, **(kwargs or {}))
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
+            return out  # a look at its dtype, its shape
         for leaf in tree_leaves((args, kwargs)):
-            names = self._names.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
-            if names and not any(name in self._active for name in names):
-                if any(isinstance(t, torch.Tensor) for t in tree_leaves(out)):
-                    for name in names:
-                        self.reads.setdefault(name, f"{_reader()} reads its weight")
+            names = self._names.get(id(leaf), ()) if isinstance(leaf, torch.Tensor) else ()
+            if not any(name in self._active for name in names):
+                for name in names:
+                    self.reads.setdefault(name, f"{_reader()} reads its weight")
         return out
 
 

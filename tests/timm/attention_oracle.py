@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def check_layout(model: nn.Module, image: torch.Tensor, name: str, parts: Mappin
         if not query * 1.2 < min(e.breadth for e in effects["k"] if e.breadth) <= key:
             return f"a query reaches {query:.3g} of the output, a key {key:.3g}"
     covered = sorted(row for rows in parts.values() for row in rows)
-    if any(end != start for (_, end), (start, _) in zip(covered, covered[1:])):
+    if any(end != start for (_, end), (start, _) in pairwise(covered)):
         return "the parts leave rows out between them"
     return ""
 

@@ -74,9 +74,9 @@ _EXPLANATION = (
     "- of each kind of fused projection the rows of q, k and v are told apart by an oracle that pushes rows and watches",
     "  what comes out of the attention (tests/timm/attention_oracle.py).",
     "",
-    "What the roles mean, and the rule for the default, is in `lora_adapters_timm.roles.classify`. Layers that stay dense in",
-    'NF4 are heads, patch embeddings, depthwise convolutions and layers of fewer than 4096 values. "reads" counts layers',
-    "whose weight the model reads without calling them.",
+    "What the roles mean, and the rule for the default, is in `lora_adapters_timm.roles.classify`. Dense in NF4 too are",
+    'heads, patch embeddings, depthwise convolutions and layers of fewer than 4096 values. "reads" counts layers whose',
+    "weight the model reads without calling them.",
     "",
 )
 
