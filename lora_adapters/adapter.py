@@ -156,7 +156,8 @@ class Adapter:
     @property
     def merged(self) -> bool:
         """Return True while this adapter is folded into the base."""
-        return any(self.name in layer.merged_adapters for layer in self.layers.values())
+        # A layer that other code replaced is merged into nothing.
+        return any(self.name in getattr(layer, "merged_adapters", ()) for layer in self.layers.values())
 
     def summary(self) -> str:
         """Return a table of what is adapted, how each layer computes now and why, what is skipped and why."""
