@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from . import inject, merge
+from . import batch_norm, inject, merge, replaced
 from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
@@ -42,6 +43,8 @@ class _State:
         self.adapters: dict[str, Adapter] = {}
         self.changes: list[Changes] = []
         self.read: set[str] = set()
+        # The base's own modules under those trained whole, by name: whoever replaces one takes the wrapper away too.
+        self.originals: dict[str, nn.Module] = {}
 
     @classmethod
     def of(cls, base: nn.Module) -> _State | None:
@@ -93,6 +96,9 @@ class Adapter:
         state.adapters[self.name] = self
         state.changes.append(changes)
         state.read |= {layer.name for layer in plan.layers if layer.read_by}
+        # What trains beside whole modules: biases.
+        self._other_values = plan.trained_parameters - replaced.trained_values(base, plan)
+        state.originals = replaced.wrapped_originals(base) | state.originals
 
     def __repr__(self) -> str:
         state = "merged into its base" if self._merged_away else "detached" if self._base is None else "attached"
@@ -125,10 +131,38 @@ class Adapter:
         """Return module name -> adapter layer."""
         return {layer.name: self.base.get_submodule(layer.name) for layer in self.plan.layers}  # type: ignore[misc]
 
+    def rewrap_trained(self) -> tuple[str, ...]:
+        """Bring modules that replaced trained ones (a head, by `model.reset_classifier(n)`) under the adapter.
+
+        The new module itself is trained and saved from now on; other adapters that train the same module get copies of it.
+        The plans then count its values. Make the optimizer afterwards: it does not know the new parameters. The base's own
+        module stays what it was: `disabled()` computes with it, and `detach` puts it back.
+
+        Returns:
+            The names of the modules that had been replaced; () if none was.
+
+        Raises:
+            StateError: the adapter is not attached, or is merged.
+        """
+        if self.merged:
+            raise StateError("The adapter is merged into the base: unmerge it first.")
+        state, base = self._state, self.base
+        names = tuple(replaced.replaced(base, self.plan))
+        for name in names:
+            # An adapter that also trains the module has lost it by the same call.
+            holders = [a.name for a in state.adapters.values() if name in replaced.replaced(base, a.plan)]
+            active = next((a for a in self.model.active_adapters if a in holders), self.name)
+            replaced.rewrap(base, [name], state.originals, active, holders)
+        for adapter in state.adapters.values():
+            values = adapter._other_values + replaced.trained_values(base, adapter.plan)
+            adapter.plan = replace(adapter.plan, trained_parameters=values)
+        return names
+
     @property
     def merged(self) -> bool:
         """Return True while this adapter is folded into the base."""
-        return any(self.name in layer.merged_adapters for layer in self.layers.values())
+        # A layer that other code replaced is merged into nothing.
+        return any(self.name in getattr(layer, "merged_adapters", ()) for layer in self.layers.values())
 
     def summary(self) -> str:
         """Return a table of what is adapted, how each layer computes now and why, what is skipped and why."""
@@ -177,12 +211,16 @@ class Adapter:
 
         Returns:
             The folder.
+
+        Raises:
+            StateError: the adapter is merged, or a module that it adapts or trains was replaced after attaching.
         """
         if self.merged:
             raise StateError("The adapter is merged into the base: unmerge it before saving.")
+        replaced.check_in_place(self.base, self.plan)
         metadata: dict[str, Any] = {}
         plugins().notify("lora_adapters_saving", adapter=self, path=str(path), metadata=metadata)
-        return save_adapter(self.model, self.name, Path(path), metadata)
+        return save_adapter(self.model, self.plan, Path(path), metadata)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
@@ -269,6 +307,7 @@ class Adapter:
         if inject.adapter_names(base) == {self.name}:
             for changes in reversed(state.changes):
                 changes.revert()
+            batch_norm.release(base)
             _State.forget(base)
         else:
             left = state.peft_model

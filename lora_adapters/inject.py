@@ -21,6 +21,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, get_pe
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from . import batch_norm
 from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of, foreign_tuner
 from .direct_reads import has_fused_layers, keep_called
@@ -31,6 +32,7 @@ from .layers.engine import EngineLayer, Factors
 from .layers.fused import FusedForward
 from .layers.groups import join_siblings
 from .layers.optimized import stock_class
+from .layers.part_factors import mask_of
 from .layers.routes import Route, route
 from .naming import patterns_for, target_modules_for
 from .sharing import places_of, put
@@ -97,12 +99,17 @@ def _apply(
     initialise = load is None
     fused = has_fused_layers(model)
     try:
+        if DUMMY_TARGET_MODULES is None and any(layer.parts for layer in plan.layers):
+            raise UnsupportedError(
+                "This version of peft lacks DUMMY_TARGET_MODULES, without which parts can't be adapted."
+            )
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is None:
             warn("This version of peft lacks DUMMY_TARGET_MODULES, so PEFT's own injection builds the layers.")
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is not None:
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
+        batch_norm.prepare_copies(model, plan.request.adapter_name, plan.norms, plan.request.norm == "affine")
         _choose_forwards(model, plan)
         if fused:
             keep_called(model)
@@ -115,7 +122,10 @@ def _apply(
         if peft_model is not None:
             peft_model.peft_config.pop(plan.request.adapter_name, None)
         raise
-    return result, snapshot.changes()
+    changes = snapshot.changes()
+    # Not one of the changes to take back: detaching leaves the model in the mode it is in then.
+    batch_norm.freeze(model)
+    return result, changes
 
 
 def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -274,9 +284,25 @@ def _factors(base: nn.Module, planned: PlannedLayer, plan: AttachPlan, initialis
     bias = torch.zeros(out, dtype=dtype, device=device) if request.peft_fields.get("lora_bias") else None
     a = torch.empty(shape_a, dtype=dtype, device=device)
     b = torch.zeros(shape_b, dtype=dtype, device=device)
+    mask = mask_of(planned.parts, out, device) if planned.parts else None
     if initialise and device.type != "meta":
-        a, b = initial_values(a, b, planned, request.seed, request.peft_fields.get("init_lora_weights", True))
-    return Factors(a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias)
+        init = request.peft_fields.get("init_lora_weights", True)
+        for start, layer in _as_own_layers(planned):
+            ranks = slice(start, start + layer.rank)
+            initial_values(a[ranks], b[:, ranks], layer, request.seed, init)
+        if mask is not None:
+            b *= mask.view(b.shape)
+    return Factors(a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias, mask)
+
+
+def _as_own_layers(planned: PlannedLayer) -> Iterator[tuple[int, PlannedLayer]]:
+    """Yield each part of a layer as a layer of its own, and where its ranks begin; the layer itself if it has none."""
+    if not planned.parts:
+        yield 0, planned
+    start = 0
+    for part in planned.parts:
+        yield start, dataclasses.replace(planned, name=f"{planned.name}.{part.role}", rank=part.rank)
+        start += part.rank
 
 
 def initial_values(
@@ -368,7 +394,7 @@ def build_config(model: nn.Module, plan: AttachPlan) -> LoraConfig:
         target_modules=target_modules_for(names, universe),
         rank_pattern=_pattern(plan.layers, "rank", rank, names),
         alpha_pattern=_pattern(plan.layers, "alpha", alpha, names),
-        modules_to_save=list(plan.trained) or None,
+        modules_to_save=[*plan.trained, *plan.norms] or None,
         task_type=plan.task_type,  # type: ignore[arg-type]
         fan_in_fan_out=passed.pop("fan_in_fan_out", _only_transposed(model, names)),
         **passed,

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from . import batch_norm
 from .backends import backend_for
 from .errors import MergeError
 from .layers.engine import EngineLayer
@@ -115,4 +116,5 @@ def unload(peft_model: PeftModel) -> nn.Module:
     unloaded = getattr(backend_for(model)[0], "unloaded", None)
     if unloaded is not None:
         unloaded(model)
+    batch_norm.release(model)
     return model

@@ -27,6 +27,7 @@ class Factors:
         dropout: probability.
         rslora: True if scaling is alpha / sqrt(rank).
         bias: lora_B's bias (out,), or None.
+        mask: bool (out, rank), where `b` may differ from zero (see `part_factors`), or None for everywhere.
     """
 
     a: torch.Tensor
@@ -37,6 +38,7 @@ class Factors:
     dropout: float = 0.0
     rslora: bool = False
     bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 # nn.Module comes first, as in PEFT's own classes: a stock layer can then be turned into ours by setting its __class__,
@@ -97,9 +99,10 @@ class EngineLayer(nn.Module, LoraLayer):
         self._set_factors(name, factors)
 
     def factor_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return the parameters A and B of one adapter."""
-        a, b = (getattr(self, attribute)[name] for attribute in self.factor_names)
-        return (a if isinstance(a, nn.Parameter) else a.weight), (b if isinstance(b, nn.Parameter) else b.weight)
+        """Return the parameters A and B of one adapter: what is trained, of which a mask may leave only a part."""
+        factors = [getattr(self, attribute)[name] for attribute in self.factor_names]
+        a, b = (f if isinstance(f, nn.Parameter) else f._parameters["weight"] for f in factors)
+        return a, b
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base. The result is always checked to be finite, so `safe_merge` changes nothing.

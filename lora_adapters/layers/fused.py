@@ -21,6 +21,7 @@ from ..weights.conv4bit import Conv4bit, with_padding
 from ..weights.dense import is_transposed
 from .conv_parts import SharedConv1d, SharedConv2d
 from .groups import SiblingGroup
+from .part_factors import MaskedConv1d, MaskedConv2d, MaskedLinear, effective_weight
 from .routes import PLAIN_TENSORS, Route, active, base_route, why_parent
 
 _transforms: Any = torch._C._functorch.get_dynamic_layer_stack_depth  # type: ignore[attr-defined]
@@ -43,7 +44,7 @@ class FusedForward(nn.Module):
 
     fused = True
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
-    plain_parts: Mapping[type[nn.Module], Any] = {nn.Linear: nn.Linear.forward}
+    plain_parts: Mapping[type[nn.Module], Any] = {cls: cls.forward for cls in (nn.Linear, MaskedLinear)}
 
     if TYPE_CHECKING:
 
@@ -102,8 +103,8 @@ class FusedForward(nn.Module):
         return probabilities if any(probabilities) else ()
 
     def factor_tensors(self: Any, names: list[str]) -> list[torch.Tensor]:
-        """Return A and B of every adapter, in order."""
-        return [part._parameters["weight"] for name in names for part in self.parts(name)[:2]]
+        """Return A and B of every adapter, in order, as they count."""
+        return [effective_weight(part) for name in names for part in self.parts(name)[:2]]
 
     def scalings(self: Any, names: list[str]) -> tuple[float, ...]:
         """Return each adapter's factor."""
@@ -248,7 +249,9 @@ def product_dtypes(
 class FusedConv(FusedForward):
     """1-d and 2-d convolutions, dense or in any format."""
 
-    plain_parts = {cls: cls.forward for cls in (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d)}
+    plain_parts = {
+        cls: cls.forward for cls in (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d, MaskedConv1d, MaskedConv2d)
+    }
 
     def why_not_exact(self: Any, names: list[str]) -> str:
         """Return what in the adapters' own geometry `ops.conv` does not know."""
