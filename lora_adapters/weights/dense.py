@@ -150,6 +150,10 @@ def why_not_plain(module: nn.Module, kinds: tuple[str, ...], own_forward: bool =
         return f"the weight of this {name} is not a plain dense parameter (quantized, sharded, lazy or computed)"
     if "forward" in vars(module):
         return "the layer's forward was replaced on the instance (an offload or compile hook)"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"{name} does something of its own when it is called, around its forward"
+    if any(tensor in vars(cls) for cls in type(module).__mro__ for tensor in ("weight", "bias")):
+        return f"the class {name} computes its weight or bias"
     if name == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention uses this layer's weight without calling the layer"
     if is_transposed(module):
