@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import hashlib
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +35,7 @@ from .layers.routes import Route, route
 from .naming import patterns_for, target_modules_for
 from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
+from .starting_values import fill_factors
 from .weights import guard_cpu_repacking, mark_quantized, quantize_modules
 
 if TYPE_CHECKING:
@@ -286,63 +285,8 @@ def _factors(base: nn.Module, planned: PlannedLayer, plan: AttachPlan, initialis
     b = torch.zeros(shape_b, dtype=dtype, device=device)
     mask = mask_of(planned.parts, out, device) if planned.parts else None
     if initialise and device.type != "meta":
-        init = request.peft_fields.get("init_lora_weights", True)
-        for start, layer in _as_own_layers(planned):
-            ranks = slice(start, start + layer.rank)
-            initial_values(a[ranks], b[:, ranks], layer, request.seed, init)
-        if mask is not None:
-            b *= mask.view(b.shape)
+        fill_factors(a, b, planned, request.seed, request.peft_fields.get("init_lora_weights", True))
     return Factors(a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias, mask)
-
-
-def _as_own_layers(planned: PlannedLayer) -> Iterator[tuple[int, PlannedLayer]]:
-    """Yield each part of a layer as a layer of its own, and where its ranks begin; the layer itself if it has none."""
-    if not planned.parts:
-        yield 0, planned
-    start = 0
-    for part in planned.parts:
-        yield start, dataclasses.replace(planned, name=f"{planned.name}.{part.role}", rank=part.rank)
-        start += part.rank
-
-
-def initial_values(
-    a: torch.Tensor, b: torch.Tensor, planned: PlannedLayer, seed: int | None, init: bool | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill A and B in place, as PEFT does, from numbers that depend on the seed and the module's name alone.
-
-    True: A from the uniform distribution U(-1/sqrt(fan_in), 1/sqrt(fan_in)), B zero (embeddings: A zero, B from the
-    normal distribution). "gaussian": A normal with standard deviation 1/rank. False: B random as well (for tests).
-    Numbers are drawn on the CPU in float32, so that they are the same on every device.
-    """
-    seed = torch.initial_seed() if seed is None else seed
-    digest = hashlib.blake2b(f"{seed}:{planned.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-    def fill(tensor: torch.Tensor, kind: str, size: float) -> None:
-        # Straight into the tensor where it already is float32 on the CPU, through a copy elsewhere.
-        here = tensor.device.type == "cpu" and tensor.dtype == torch.float32
-        draw = tensor if here else torch.empty(tensor.shape, dtype=torch.float32)
-        draw.uniform_(-size, size, generator=generator) if kind == "uniform" else draw.normal_(
-            0, size, generator=generator
-        )
-        if not here:
-            tensor.copy_(draw)
-
-    with torch.no_grad():
-        if planned.kind == "embedding":
-            a.zero_()
-            fill(b, "normal", 1.0)
-            if init is False:
-                fill(a, "normal", 1.0)
-            return a, b
-        fan_in = math.prod(planned.shape[1:])
-        if init == "gaussian":
-            fill(a, "normal", 1 / planned.rank)
-        else:
-            fill(a, "uniform", 1 / math.sqrt(fan_in))
-        if init is False:
-            fill(b, "uniform", 1 / math.sqrt(planned.rank))
-    return a, b
 
 
 # ---- PEFT's way, for its special initialisations and variants ----------------------------------------------------
@@ -370,7 +314,7 @@ def _inject_through_peft(
             layer = adopt(layer)  # type: ignore[arg-type]
         if plain and initialise and isinstance(layer, EngineLayer):
             a, b = layer.factor_parameters(name)
-            initial_values(a.data, b.data, planned, plan.request.seed, config.init_lora_weights)  # type: ignore[arg-type]
+            fill_factors(a.data, b.data, planned, plan.request.seed, config.init_lora_weights)  # type: ignore[arg-type]
     peft_model.set_adapter(name)
     return peft_model
 

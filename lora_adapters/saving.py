@@ -72,7 +72,7 @@ def save_adapter(peft_model: PeftModel, plan: AttachPlan, folder: Path, metadata
         )
     if parts := {layer.name: layer.parts for layer in plan.layers if layer.parts}:
         described[PARTS_ENTRY] = to_metadata(parts)
-    if plan.norms:
+    if batch_norm.batch_norms(base):
         described[NORM_ENTRY] = plan.request.norm
     config: Any = copy.copy(peft_model.peft_config[name])
     config.base_model_name_or_path = config.base_model_name_or_path or _name_of(base)
