@@ -62,13 +62,13 @@ class ImageData(Section):
     eval_split: str | None = None
     """Split of such a dataset to evaluate on."""
     labels: list[str] | None = None
-    """The class names in the order of the classifier's outputs; left out: those of the training data, sorted as timm does."""
+    """The class names in the order of the classifier's outputs; left out: those of the training data, sorted."""
     limit: Positive | None = None
     """Use this many training images at most, drawn by the seed."""
     eval_limit: Positive | None = None
     """Use this many evaluation images at most, drawn by the seed."""
     check: Literal["decode", "open"] = "decode"
-    """Before training, decode every file of a folder once, or only open it: broken files are named then, not in the middle."""
+    """Decode every file of a folder before training, or only open it: broken ones are named then, not in the middle."""
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Pixels a side; left out: what the model was made for."""
     crop: Annotated[float, Field(gt=0, le=1)] | None = None

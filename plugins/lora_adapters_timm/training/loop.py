@@ -89,7 +89,7 @@ class TrainingLoop:
         return nullcontext() if self.ema is None else self.ema.applied(self.adapter.model)
 
     def fit(self) -> None:
-        """Take the steps that are left; stop where the user or the guard asks for it, at a checkpoint if there can be one."""
+        """Take the steps that are left; stop where the user or the guard asks for it."""
         run, facts, model = self.run, self.run.facts, self.adapter.model
         first = self._resume()
         forward = torch.compile(model) if self.training.compile else model
@@ -102,7 +102,7 @@ class TrainingLoop:
             self.steps.done(step, step / self.per_epoch)
             self._record(step, norm)
             asked = run.stop.requested is not None
-            due = asked or step in (self.total,) or step % save_every(self.training, self.total) == 0
+            due = asked or step == self.total or step % save_every(self.training, self.total) == 0
             if due and self.guard.holds(self.trained, step):
                 self._save(run.folder.checkpoints / f"checkpoint-{step}", step)
             if asked or self.guard.diverged:
