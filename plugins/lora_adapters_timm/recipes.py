@@ -176,3 +176,9 @@ class ImageRecipe(Recipe):
     """How to train."""
     samples: Annotated[int, Field(ge=0, le=50)] = 8
     """Evaluation images to show with their predictions in the report."""
+
+    @model_validator(mode="after")
+    def _one_size(self):
+        if self.data.image_size is not None and "img_size" in self.model.timm_kwargs:
+            raise ValueError("data.image_size and model.timm_kwargs.img_size say the same: give one")
+        return self
