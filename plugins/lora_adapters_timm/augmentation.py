@@ -6,6 +6,7 @@ So a resumed run sees the images that it would have seen, whatever else has draw
 from __future__ import annotations
 
 import random
+import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ def training_transform(config: dict[str, Any], augmentation: Augmentation) -> An
     if not augmentation.enabled:
         return evaluation_transform(config)
     try:
+        _check_policy(augmentation.auto_augment or "")
         return create_transform(
             input_size=config["input_size"],
             is_training=True,
@@ -81,6 +83,15 @@ def training_transform(config: dict[str, Any], augmentation: Augmentation) -> An
             f"augmentation.auto_augment: timm has no policy {augmentation.auto_augment!r} ({error or 'not known'}). Take "
             '"rand-m9-mstd0.5-inc1", "original", "augmix-m5-w4-d2", or leave it out.'
         ) from error
+
+
+def _check_policy(policy: str) -> None:
+    """Raise for a setting without a number, which timm would pass over."""
+    name, *settings = policy.split("-")
+    if name in ("rand", "augmix"):
+        for setting in settings:
+            if not re.search(r"\d", setting) and not setting.startswith("t"):
+                raise ValueError(f"{setting!r} has no number")
 
 
 def evaluation_transform(config: dict[str, Any]) -> Any:

@@ -179,6 +179,8 @@ class ImageRecipe(Recipe):
 
     @model_validator(mode="after")
     def _one_size(self):
-        if self.data.image_size is not None and "img_size" in self.model.timm_kwargs:
-            raise ValueError("data.image_size and model.timm_kwargs.img_size say the same: give one")
+        if self.data.image_size is not None and self.model.timm_kwargs.get("img_size", self.data.image_size) != (
+            self.data.image_size
+        ):
+            raise ValueError("data.image_size and model.timm_kwargs.img_size are of other sizes: give the first")
         return self

@@ -47,7 +47,7 @@ def source_of(section: ImageModel) -> str:
     return name
 
 
-def build(section: ImageModel, image_size: int | None, classes: int) -> nn.Module:
+def build(section: ImageModel, classes: int) -> nn.Module:
     """Return the base with its weights and a new classifier, on the CPU.
 
     What is random (the classifier; all weights with pretrained=false) comes from PyTorch's generator as it is.
@@ -58,17 +58,28 @@ def build(section: ImageModel, image_size: int | None, classes: int) -> nn.Modul
     options: dict[str, Any] = {"pretrained": section.pretrained}
     if section.checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": section.checkpoint, "num_classes": -1}
-    model = _create(section, image_size, classes, options)
+    model = _create(section, classes, options)
     return model if section.dtype == "auto" else model.to(getattr(torch, section.dtype))
 
 
 def skeleton(section: ImageModel, image_size: int | None, classes: int) -> nn.Module:
-    """Return the model that `build` would, on the meta device; no weight is read."""
+    """Return the model that `build` would, on the meta device; no weight is read.
+
+    A model that is made for one size is made for the recipe's: `img_size` becomes part of `section.timm_kwargs`.
+    """
+    if image_size is not None and "img_size" not in section.timm_kwargs:
+        section.timm_kwargs["img_size"] = image_size
+        try:
+            return skeleton(section, image_size, classes)
+        except RequestError as error:
+            if "img_size" not in str(error):
+                raise
+            del section.timm_kwargs["img_size"]  # it takes every size
     try:
         with torch.device("meta"):
-            model = _create(section, image_size, classes, {})
+            model = _create(section, classes, {})
     except (NotImplementedError, RuntimeError):  # models that look at values while they are made
-        model = _create(section, image_size, classes, {}).to("meta")
+        model = _create(section, classes, {}).to("meta")
     return model if section.dtype == "auto" else model.to(getattr(torch, section.dtype))
 
 
@@ -89,8 +100,8 @@ def data_config(model: nn.Module, section: ImageModel, data: ImageData) -> dict[
     return config
 
 
-def check_takes(model: nn.Module, config: dict[str, Any], checkpointing: bool) -> None:
-    """Raise unless the model takes images of that size, and gradient checkpointing if it is asked for.
+def check_takes(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raise unless the model takes images of that size.
 
     Args:
         model: on the meta device.
@@ -103,12 +114,10 @@ def check_takes(model: nn.Module, config: dict[str, Any], checkpointing: bool) -
             model.eval()(torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype))
             model.train()
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RequestError(
-                f"data.image_size: {type(model).__name__} does not take images of {size[1]} x {size[2]}: {first}"
+                f"data.image_size: {type(model).__name__} does not take images of {size[1]} x {size[2]}: "
+                f"{_first_line(error)}"
             ) from error
-    if checkpointing:
-        set_checkpointing(model)
 
 
 def note_size(model: nn.Module, config: dict[str, Any]) -> None:
@@ -130,7 +139,7 @@ def set_checkpointing(model: nn.Module) -> None:
         raise UnsupportedError(f"{type(model).__name__} has no gradient checkpointing: leave it out.") from error
 
 
-def _create(section: ImageModel, image_size: int | None, classes: int, options: dict[str, Any]) -> nn.Module:
+def _create(section: ImageModel, classes: int, options: dict[str, Any]) -> nn.Module:
     options = {
         "num_classes": classes,
         "drop_rate": section.drop_rate,
@@ -138,22 +147,18 @@ def _create(section: ImageModel, image_size: int | None, classes: int, options: 
         **options,
         **section.timm_kwargs,
     }
-    name = source_of(section)
     try:
-        if image_size is not None:
-            try:
-                return timm.create_model(name, img_size=image_size, **options)
-            except TypeError as error:  # a model that takes every size
-                if "img_size" not in str(error):
-                    raise
-        return timm.create_model(name, **options)
+        return timm.create_model(source_of(section), **options)
     except TypeError as error:
         raise RequestError(f"model: {section.name} does not take an argument of the recipe: {error}") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         if not options.get("pretrained"):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LoraAdaptersError(
-            f"model.name: the weights of {section.checkpoint or section.name} can't be had: {first} Give a file as "
-            "model.checkpoint, or model.pretrained=false for random weights."
+            f"model.name: the weights of {section.checkpoint or section.name} can't be had: {_first_line(error)} Give a "
+            "file as model.checkpoint, or model.pretrained=false for random weights."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -40,6 +41,7 @@ from .optimization import make_optimizer, memory_of
 
 #: Labels that an answer names with their probabilities.
 _NAMED = 3
+_RANDOM = "The base has random weights, which come from the seed and are saved nowhere."
 
 
 class ImageRunner:
@@ -81,7 +83,7 @@ class ImageRunner:
         """The model on the meta device."""
         model = base_model.skeleton(self.recipe.model, self.recipe.data.image_size, len(self.labels))
         config = base_model.data_config(model, self.recipe.model, self.recipe.data)
-        base_model.check_takes(model, config, checkpointing=False)
+        base_model.check_takes(model, config)
         base_model.note_size(model, config)
         return model
 
@@ -109,9 +111,9 @@ class ImageRunner:
         if "train" in parts:
             training_transform(self.config, self.recipe.augmentation)
             check_start(self.recipe.adapter, self.recipe.model.quantization)
-            if training.gradient_checkpointing:
-                base_model.set_checkpointing(base_model.skeleton(self.recipe.model, data.image_size, len(self.labels)))
             _ = self.made_plan
+            if training.gradient_checkpointing:
+                base_model.set_checkpointing(copy.deepcopy(self.skeleton))
 
     def _read(self, parts: Sequence[str]) -> None:
         """Set `train_images` and `eval_images`; the classes of the training images become part of the recipe."""
@@ -180,6 +182,8 @@ class ImageRunner:
             else:
                 adapter = la.restore(model, run.resume_from)
             record_adapter(run, adapter)
+            if not self.recipe.model.pretrained and _RANDOM not in run.facts.notes:
+                run.facts.notes.append(_RANDOM)
             if self.eval_images is not None and not run.facts.before:
                 run.progress.say(f"measuring the base on {len(self.eval_images):,} images")
                 measured = self._measure(adapter.model)
@@ -200,7 +204,7 @@ class ImageRunner:
         """Return the base on its device, stored as the recipe says; what is random in it is the same every time."""
         section, seed = self.recipe.model, self.recipe.training.seed
         seed_all(seed)
-        model = base_model.build(section, self.recipe.data.image_size, len(self.labels))
+        model = base_model.build(section, len(self.labels))
         base_model.note_size(model, self.config)
         if self.autocast is not None:  # what is trained whole is trained in float32
             for name in self.made_plan.trained:
