@@ -1,7 +1,7 @@
 """Writes the tables of keys in docs/recipes.md from the recipes' models: python tests/recipe_reference.py."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,6 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 MARK = "<!-- From here on written by `python tests/recipe_reference.py`; don't edit. -->\n"
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+#: Section -> rows of its table.
+Rows = dict[tuple[str, ...], list[str]]
 _HEADER = ("| key | default | value | |", "|---|---|---|---|")
 
 
@@ -24,24 +26,39 @@ def page() -> str:
 
 
 def tables() -> str:
-    """Return the tables: first the keys that all tasks share, then each task's own."""
+    """Return the tables: first the keys that all tasks share, then those of a plugin's, then each task's own."""
     trainers = plugins().trainers()
     # Not those of other plugins that happen to be installed.
     rows = {task: _rows(recipe_class(trainers[task])) for task in sorted(PLUGIN_OF_TASK) if task in trainers}
-    first, *others = rows.values()
-    shared = {
+    lines, told = ["", "## Keys of every recipe", ""], _common(rows.values())
+    lines += _sections(told, {})
+    for plugin in sorted(set(PLUGIN_OF_TASK.values())):
+        tasks = [task for task in rows if PLUGIN_OF_TASK[task] == plugin]
+        known = told
+        if len(tasks) > 1:
+            known = _common([rows[task] for task in tasks])
+            lines += [f"## Keys of {', '.join(tasks[:-1])} and {tasks[-1]}", "", *_sections(known, told)]
+        for task in tasks:
+            lines += [f"## {task}", "", trainers[task].summary, "", *_sections(rows[task], known)]
+    return "\n".join(lines)
+
+
+def _common(recipes: Iterable[Rows]) -> Rows:
+    """Return the rows that all of these recipes have."""
+    first, *others = recipes
+    return {
         section: [row for row in own if all(row in other.get(section, []) for other in others)]
         for section, own in first.items()
     }
-    lines = ["", "## Keys of every recipe", ""]
-    for section, common in shared.items():
-        lines += [*_title(section), *_HEADER, *common, ""]
-    for task, sections in rows.items():
-        lines += [f"## {task}", "", trainers[task].summary, ""]
-        for section, own in sections.items():
-            if new := [row for row in own if row not in shared.get(section, [])]:
-                lines += [*_title(section), *_HEADER, *new, ""]
-    return "\n".join(lines)
+
+
+def _sections(rows: Rows, told: Rows) -> list[str]:
+    """Return the tables of the rows that were not told before."""
+    lines: list[str] = []
+    for section, own in rows.items():
+        if new := [row for row in own if row not in told.get(section, [])]:
+            lines += [*_title(section), *_HEADER, *new, ""]
+    return lines
 
 
 def _title(section: tuple[str, ...]) -> list[str]:
@@ -67,6 +84,8 @@ def _default(field: Any) -> str:
 
 
 def _as_yaml(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return f"`[{', '.join(emit([one])[2:].strip() for one in value)}]`"
     return f"`{emit([value])[2:].strip()}`"
 
 
@@ -97,7 +116,7 @@ def _values(annotation: Any, metadata: Sequence[Any]) -> str:
 
 def _several(annotation: Any) -> str:
     words = _values(annotation, ())
-    if " or " in words:
+    if " or " in words or ", at " in words or ", above" in words:
         return f"({words})"
     return f"{words}s" if annotation in _WORDS else words
 

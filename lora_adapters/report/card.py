@@ -32,7 +32,6 @@ _AUTO = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "text-classification": "AutoModelForSequenceClassification",
     "reward": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
 }
 _STATUS = {
     "running": "Training had not finished when this card was written.",
@@ -44,6 +43,8 @@ _STATUS = {
 _NOT_TOLD = {"log_every", "save_every", "keep_checkpoints", "eval_every", "report_to", "compile", "nan"}
 #: Files that data is read from; a name that ends like this is no dataset of the Hub.
 _DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".arrow", ".gz", ".zst")
+#: How timm's names of models on the Hub begin.
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 #: Labels are written out in the code up to this many.
 _FEW_LABELS = 20
 
@@ -93,7 +94,7 @@ def _header(facts: RunFacts, folder: Path) -> ModelCardData:
         if (value := as_number(raw)) is not None and math.isfinite(value)
     ]
     return ModelCardData(
-        base_model=facts.base if _is_on_hub(facts.base, folder) else None,
+        base_model=_hub_name(facts, folder),
         datasets=list(on_hub) or None,
         library_name="peft",
         pipeline_tag=pipeline,
@@ -112,9 +113,11 @@ def _title(facts: RunFacts, folder: Path) -> str:
 
 def _opening(facts: RunFacts, folder: Path) -> str:
     name = _text(_base_name(facts, folder))
-    if _is_on_hub(facts.base, folder):
+    if (hub := _hub_name(facts, folder)) is not None:
         revision = f" (revision {_text(facts.revision)})" if facts.revision else ""
-        base = f"[{name}](https://huggingface.co/{facts.base}){revision}"
+        base = f"[{name}](https://huggingface.co/{hub}){revision}"
+    elif facts.task == "image-classification" and _is_on_hub(facts.base, folder):
+        base = f"timm's {name}"
     else:
         base = f"a model from a local folder named {name}"
     said = [f"A LoRA adapter for {base}, trained for {_text(facts.task)}."]
@@ -177,6 +180,8 @@ def _adapted(facts: RunFacts) -> str:
 
 
 def _loading(facts: RunFacts, folder: Path) -> str:
+    if facts.task == "image-classification":
+        return _loading_with_timm(facts, folder)
     on_hub = _is_on_hub(facts.base, folder)
     base = facts.base if on_hub else f"path/to/{_base_name(facts, folder)}"
     where = [f"base = {_literal(base)}", 'adapter = "path/or/name/of/this/adapter"']
@@ -210,8 +215,6 @@ def _peft_code(facts: RunFacts, source: str) -> tuple[list[str], list[str]] | No
     if facts.task not in _AUTO:
         return None
     auto = _AUTO[facts.task]
-    prepares = "AutoImageProcessor" if facts.task == "image-classification" else "AutoTokenizer"
-    name = "processor" if facts.task == "image-classification" else "tokenizer"
     labels = [_one_line(label) for label in facts.labels]
     options = _arguments(**_head(facts))
     before = []
@@ -221,12 +224,38 @@ def _peft_code(facts: RunFacts, source: str) -> tuple[list[str], list[str]] | No
             'names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}',
         ]
         options = ", **names, ignore_mismatched_sizes=True"
-    return ["from peft import PeftModel", f"from transformers import {', '.join(sorted((auto, prepares)))}"], [
+    return ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer"], [
         *before,
         f"model = {auto}.from_pretrained(base{source}{options})",
         "model = PeftModel.from_pretrained(model, adapter)",
-        f"{name} = {prepares}.from_pretrained(base{source})",
+        f"tokenizer = AutoTokenizer.from_pretrained(base{source})",
     ]
+
+
+def _loading_with_timm(facts: RunFacts, folder: Path) -> str:
+    model = _recipe(facts, "model")
+    local = not _is_on_hub(facts.base, folder) and not facts.base.startswith(_HUB_PREFIXES)
+    base = f"local-dir:path/to/{_last_part(facts.base)}" if local else facts.base
+    file = model.get("checkpoint")
+    overlay = {"file": f"path/to/{_last_part(file)}", "num_classes": -1} if file else None
+    options = {name: model.get(name) for name in ("drop_rate", "drop_path_rate")}
+    given = _arguments(num_classes=len(facts.labels) or None, pretrained_cfg_overlay=overlay, **options)
+    extra = model.get("timm_kwargs") or {}
+    made = f"model = timm.create_model(base, pretrained={model.get('pretrained') is not False}{given}"
+    made += f", **{_literal(extra)})" if extra else ")"
+    where = [f"base = {_literal(base)}", 'adapter = "path/or/name/of/this/adapter"', made]
+    if facts.labels and len(facts.labels) <= _FEW_LABELS:
+        where.append(f"labels = [{', '.join(_literal(label) for label in facts.labels)}]")
+    peft = [
+        "import timm",
+        "from peft import PeftModel",
+        "",
+        *where,
+        "model = PeftModel.from_pretrained(model, adapter)",
+    ]
+    ours = ["import timm", "", "import lora_adapters as la", "", *where, "la.restore(model, adapter)"]
+    checks = "With lora_adapters, which checks the files against the base first:"
+    return "\n\n".join(["## How to load it", "With PEFT:", _code(peft), checks, _code(ours)])
 
 
 def _head(facts: RunFacts) -> dict[str, Any]:
@@ -250,6 +279,15 @@ def _is_on_hub(name: str, folder: Path) -> bool:
     if ".." in name or "--" in name or name.endswith((".git", *_DATA_FILES)):
         return False
     return not (folder / name).exists()
+
+
+def _hub_name(facts: RunFacts, folder: Path) -> str | None:
+    """Return the base's name on the Hub, None if it is not there. timm's models with a tag are, by the name of timm."""
+    name = facts.base
+    if facts.task == "image-classification":
+        bare = re.sub(f"^({'|'.join(_HUB_PREFIXES)})", "", name)
+        name = bare if bare != name or "/" in name else f"timm/{name}" if "." in name else ""
+    return name if _is_on_hub(name, folder) else None
 
 
 def _base_name(facts: RunFacts, folder: Path) -> str:

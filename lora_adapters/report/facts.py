@@ -51,11 +51,13 @@ class Table:
         title: what it shows.
         header: one text per column.
         rows: cells, numbers or texts.
+        shaded: colour each number by its share of the numbers in its row, as in a confusion matrix.
     """
 
     title: str
     header: list[str]
     rows: list[list[Any]]
+    shaded: bool = False
 
 
 @dataclass

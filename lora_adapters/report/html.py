@@ -85,7 +85,7 @@ def render_report(facts: RunFacts, history: list[dict[str, Any]]) -> str:
         changes=changes(facts),
         charts=charts(history, facts.resumed_from),
         memory=memory_bars(facts),
-        tables=[(table, _numeric_columns(table)) for table in facts.tables],
+        tables=[(table, _numeric_columns(table), _shades(table)) for table in facts.tables],
         recipe=_as_yaml(facts.recipe),
     )
     return writable(page)
@@ -171,6 +171,16 @@ def _numeric_columns(table: Table) -> list[bool]:
     """Return for each column whether all its cells are numbers: these are set flush right."""
     columns = [[row[index] for row in table.rows if index < len(row)] for index in range(len(table.header))]
     return [bool(cells) and all(_is_numeric(cell) for cell in cells) for cells in columns]
+
+
+def _shades(table: Table) -> list[list[int]]:
+    """Return for each cell how strongly it is coloured, in percent: 0 but for the numbers of a shaded table."""
+    found = []
+    for row in table.rows:
+        values = [as_number(cell) or 0.0 for cell in row]
+        values = [value if table.shaded and math.isfinite(value) and value > 0 else 0.0 for value in values]
+        found.append([round(100 * value / (sum(values) or 1.0)) for value in values])
+    return found
 
 
 def _as_yaml(recipe: dict[str, Any]) -> str:

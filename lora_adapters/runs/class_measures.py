@@ -9,6 +9,8 @@ from .measuring import Measured
 
 #: With more classes than this the confusion matrix is too wide to read.
 _MATRIX = 30
+#: Pairs of classes that are named as the most confused ones.
+_PAIRS = 15
 
 
 def class_measures(loss: float, wanted: Sequence[int], chosen: Sequence[int], labels: Sequence[str]) -> Measured:
@@ -38,8 +40,17 @@ def class_measures(loss: float, wanted: Sequence[int], chosen: Sequence[int], la
     ]
     if len(labels) <= _MATRIX:
         counts = [[name, *row] for name, row in zip(labels, confusion, strict=True)]
-        tables.append(Table("Confusion matrix (rows: true label)", ["", *labels], counts))
+        tables.append(Table("Confusion matrix (rows: true label)", ["", *labels], counts, shaded=True))
+    elif pairs := _most_confused(confusion, labels):
+        tables.append(Table("Most confused", ["true label", "taken for", "rows", "share of its rows"], pairs))
     return Measured(metrics, tables, [labels[answer] for answer in chosen])
+
+
+def _most_confused(confusion: list[list[int]], labels: Sequence[str]) -> list[list[str | int | float]]:
+    """Return (true label, chosen label, rows, their share of the true label's rows) of the most frequent mistakes."""
+    wrong = [(n, i, j) for i, row in enumerate(confusion) for j, n in enumerate(row) if n and i != j]
+    wrong.sort(key=lambda pair: (-pair[0], pair[1:]))
+    return [[labels[i], labels[j], n, n / sum(confusion[i])] for n, i, j in wrong[:_PAIRS]]
 
 
 def _scores(confusion: list[list[int]], i: int) -> tuple[float, float, float, int]:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 #: Imported once, by the process that commands are forked from; a missing one is no error there.
-_PRELOADED = ["torch", "peft", "pydantic", "lora_adapters.cli", "lora_adapters.runs.run", "datasets", "accelerate"]
+_PRELOADED = [
+    "torch",
+    "peft",
+    "pydantic",
+    "lora_adapters.cli",
+    "lora_adapters.runs.run",
+    "datasets",
+    "accelerate",
+    "timm.data",
+]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The hook implementations. Listing them imports neither torch nor timm."""
 
 from lora_adapters.hooks import hookimpl
-from lora_adapters.hooks.specs import BackendSpec
+from lora_adapters.hooks.specs import BackendSpec, TrainerSpec
 
 LORA_ADAPTERS_HOOK_API = 1
 
@@ -15,6 +15,22 @@ def lora_adapters_backends():
             module_prefixes=("timm",),
             target="lora_adapters_timm.backend:TimmBackend",
             requires=("timm",),
+            extra="timm",
+        )
+    ]
+
+
+@hookimpl
+def lora_adapters_trainers():
+    """Train classifiers of images."""
+    return [
+        TrainerSpec(
+            task="image-classification",
+            summary="A classifier of images, on any model of timm.",
+            config="lora_adapters_timm.recipes:ImageRecipe",
+            target="lora_adapters_timm.training.runner:ImageRunner",
+            examples="lora_adapters_timm:examples",
+            requires=("timm", "accelerate"),
             extra="timm",
         )
     ]

@@ -17,10 +17,32 @@ def test_the_tables_are_those_of_the_models():
     assert recipe_reference.page() == PAGE, "run: python tests/recipe_reference.py"
 
 
-def test_the_recipe_is_valid(tmp_path):
+def test_the_recipes_are_valid(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    assert read_recipe(path).training.learning_rate == 2e-4
+    texts = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    found = []
+    for text in texts:
+        path.write_text(text)
+        found.append(read_recipe(path))
+    assert [recipe.task for recipe in found] == ["causal-lm", "image-classification"]
+    assert found[0].training.learning_rate == 2e-4
+
+
+def test_the_keys_that_timm_calls_otherwise_are_there():
+    """Each key of the table's right column is one of the recipe's."""
+    from lora_adapters.recipes.messages import sections_of
+    from lora_adapters.recipes.tasks import recipe_class, trainer_of
+
+    sections = sections_of(recipe_class(trainer_of("image-classification")))
+    table = re.search(r"\| timm's train\.py .*?\n\n", PAGE, re.DOTALL)[0]
+    section, count = "", 0
+    for row in table.strip().splitlines()[2:]:
+        for key in re.findall(r"`([^`]*)`", row.split("|")[2]):
+            first, _, last = key.partition(":")[0].partition(".")
+            section = first or section
+            assert last in sections[(section,)], key
+            count += 1
+    assert count == 28
 
 
 def test_the_overrides_work(tmp_path):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora_adapters_timm.recipes import ImageRecipe
 from lora_adapters_transformers.recipes import CausalLMRecipe, ClassificationRecipe, RewardRecipe, Seq2SeqRecipe
 
 from lora_adapters.errors import LoraAdaptersError
@@ -14,7 +15,7 @@ from lora_adapters.recipes.reading import dump, read_recipe, validate
 from lora_adapters.recipes.sections import Recipe, Section
 from lora_adapters.recipes.yaml_text import emit, parse
 
-RECIPES = [CausalLMRecipe, Seq2SeqRecipe, ClassificationRecipe, RewardRecipe]
+RECIPES = [CausalLMRecipe, Seq2SeqRecipe, ClassificationRecipe, RewardRecipe, ImageRecipe]
 TEXTS = st.one_of(
     st.text(max_size=20),
     st.sampled_from(
@@ -78,6 +79,14 @@ def one_form(recipe: dict[str, Any]) -> dict[str, Any]:
     if recipe["task"] == "causal-lm" and (data.get("prompt") is None or data.get("completion") is None):
         data.pop("prompt", None)
         data.pop("completion", None)
+    if recipe["task"] == "image-classification":
+        augmentation, model = recipe.setdefault("augmentation", {}), recipe["model"]
+        for name in ("scale", "ratio"):  # pairs in order
+            augmentation.pop(name, None)
+        if not augmentation.get("enabled", True):
+            recipe["augmentation"] = {"enabled": False}
+        if not model.get("pretrained", True):
+            model.pop("checkpoint", None)
     if recipe.get("resume"):
         recipe.pop("overwrite", None)
     return recipe

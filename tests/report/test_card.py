@@ -148,10 +148,10 @@ def test_code_of_each_task_names_its_classes(make_facts, task):
         "seq2seq": "AutoModelForSeq2SeqLM",
         "text-classification": "AutoModelForSequenceClassification",
         "reward": "AutoModelForSequenceClassification",
-        "image-classification": "AutoModelForImageClassification",
         "dreambooth": "AutoPipelineForText2Image",
-    }[task]
-    assert f"{auto}.from_pretrained(base" in code_of(text)[0]
+    }
+    made = "timm.create_model(base" if task == "image-classification" else f"{auto[task]}.from_pretrained(base"
+    assert made in code_of(text)[0]
     assert ModelCard(text).data.pipeline_tag == PIPELINES[task]
 
 
@@ -192,6 +192,52 @@ def test_the_code_in_the_card_loads_the_adapter(make_facts, task, tmp_path):
             if labels:
                 assert names["model"].config.id2label == dict(enumerate(labels))
                 assert names["model"].config.label2id == {label: i for i, label in enumerate(labels)}
+
+
+@pytest.mark.parametrize("start", ["checkpoint", "folder"])
+def test_the_code_in_the_card_of_an_image_model_loads_the_adapter(make_facts, start, tmp_path):
+    """Also where the base's weights are a file, and where base and data are of another size than timm's."""
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 8}
+    base = timm.create_model("vit_tiny_patch16_224", num_classes=2, **options)
+    if start == "folder":
+        timm.models.save_for_hf(base, tmp_path / "my-base", model_args=options)
+        name, model = str(tmp_path / "my-base"), {}
+    else:
+        torch.save(base.state_dict(), tmp_path / "my.pth")
+        name, model = "vit_tiny_patch16_224", {"checkpoint": str(tmp_path / "my.pth"), "timm_kwargs": options}
+    base.reset_classifier(3)
+    adapter = la.attach(base, rank=2, targets="re:fc1", modules_to_save=["head"])
+    perturb(adapter.model)
+    adapter.save(tmp_path / "saved")
+    images = torch.randn(2, 3, 16, 16)
+    expected = adapter.model.eval()(images)
+    labels = ["good", "bad", "ugly"]
+    facts = make_facts(task="image-classification", base=name, revision=None, labels=labels, recipe={"model": model})
+    blocks = code_of(model_card(facts))
+    assert len(blocks) == 2
+    for code in blocks:
+        code = code.replace("path/to", str(tmp_path)).replace("path/or/name/of/this/adapter", str(tmp_path / "saved"))
+        names: dict = {}
+        exec(compile(code, "card", "exec"), names)
+        torch.testing.assert_close(names["model"].eval()(images), expected, rtol=1e-4, atol=1e-4)
+        assert names["labels"] == labels
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("vit_base_patch16_224.augreg_in21k", "timm/vit_base_patch16_224.augreg_in21k"),
+        ("hf-hub:org/mine", "org/mine"),
+        ("resnet50", None),
+        ("/somewhere/mine", None),
+    ],
+)
+def test_image_models_are_linked_where_they_are_on_the_hub(make_facts, name, hub):
+    text = model_card(make_facts(task="image-classification", base=name, revision=None))
+    assert ModelCard(text).data.to_dict().get("base_model") == hub
+    assert ("huggingface.co" in text) == (hub is not None)
+    assert "/somewhere" not in text
 
 
 def _tokenizer():

@@ -356,3 +356,22 @@ def test_readable_numbers():
         "-",
     ]
     assert [share(1, 0), share(1, 3), share(1, 1000), share(1, 10**6)] == ["-", "33.3 %", "0.10 %", "0.0001 %"]
+
+
+def test_a_shaded_table_colours_numbers_by_their_share_of_the_row(make_facts):
+    rows = [["cat", 9, 1, 0], ["dog", 0, 0, 0], ["<b>", 1, "nan", 3]]
+    plain = Table("Plain", ["", "cat", "dog", "<b>"], rows)
+    shaded = Table("Confusion", ["", "cat", "dog", "<b>"], rows, shaded=True)
+
+    def shares(table):
+        cells = [attrs for tag, attrs in Page(render_report(make_facts(tables=[table]), [])).tags if tag == "td"]
+        return [attrs["style"] for attrs in cells if "--share" in attrs.get("style", "")]
+
+    assert shares(plain) == []
+    assert shares(shaded) == [f"--share: {share}%" for share in (90, 10, 25, 75)]
+
+
+def test_facts_of_before_shading_are_read(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({"task": "t", "base": "b", "tables": [{"title": "T", "header": ["a"], "rows": [[1]]}]}))
+    assert RunFacts.read(path).tables == [Table("T", ["a"], [[1]], shaded=False)]

@@ -31,6 +31,7 @@ from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.measured import PeakMemory
 from lora_adapters.runs.measuring import Measured, record_after, record_before
 from lora_adapters.runs.progress import Progress
+from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
 from lora_adapters.runs.saved import each_model
 from lora_adapters.runs.showing import Rates, Steps
@@ -38,7 +39,7 @@ from lora_adapters.runs.showing import Rates, Steps
 from ..callback import LoraCallback
 from ..data.encoding import Encoded
 from ..data.tables import read_data
-from .arguments import check_training, compute_dtype, training_arguments
+from .arguments import training_arguments
 from .base_model import check_model
 from .callback import Counter, RunCallback
 from .measures import Collate

@@ -1,0 +1,164 @@
+"""The base model that a recipe names: is it there, what does it take, and how is it built."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ..recipes import ImageData, ImageModel
+
+_HUB = ("hf-hub:", "hf_hub:")
+
+
+def source_of(section: ImageModel) -> str:
+    """Return the name that timm.create_model takes, after checking that the model is there.
+
+    Raises:
+        RequestError: there is no such folder or file, or timm registers no such model; the message names the nearest.
+    """
+    if section.checkpoint is not None and not Path(section.checkpoint).is_file():
+        raise RequestError(f"model.checkpoint: there is no file {section.checkpoint!r}.")
+    name, path = section.name, Path(section.name).expanduser()
+    if name.startswith(_HUB):
+        return name if section.revision is None else f"{name}@{section.revision}"
+    if section.revision is not None:
+        raise RequestError("model.revision: only models of the Hub have revisions; name one as hf-hub:org/name.")
+    if path.is_dir() or path.is_absolute() or name.startswith((".", "~")):
+        if not (path / "config.json").is_file():
+            missing = "it holds no config.json" if path.is_dir() else "there is no such folder"
+            raise RequestError(
+                f"model.name: {name!r}: {missing}. Give a model of timm, hf-hub:org/name, or a folder with config.json and "
+                "weights."
+            )
+        return f"local-dir:{path}"
+    if not timm.is_model(name):
+        near = get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RequestError(f"model.name: timm has no model {name!r}, and it is no folder.{hint}")
+    return name
+
+
+def build(section: ImageModel, classes: int) -> nn.Module:
+    """Return the base with its weights and a new classifier, on the CPU.
+
+    What is random (the classifier; all weights with pretrained=false) comes from PyTorch's generator as it is.
+
+    Raises:
+        RequestError: an argument that the model does not take. LoraAdaptersError: the weights can't be had.
+    """
+    options: dict[str, Any] = {"pretrained": section.pretrained}
+    if section.checkpoint is not None:
+        options["pretrained_cfg_overlay"] = {"file": section.checkpoint, "num_classes": -1}
+    model = _create(section, classes, options)
+    return model if section.dtype == "auto" else model.to(getattr(torch, section.dtype))
+
+
+def skeleton(section: ImageModel, image_size: int | None, classes: int) -> nn.Module:
+    """Return the model that `build` would, on the meta device; no weight is read.
+
+    A model that is made for one size is made for the recipe's: `img_size` becomes part of `section.timm_kwargs`.
+    """
+    if image_size is not None and "img_size" not in section.timm_kwargs:
+        section.timm_kwargs["img_size"] = image_size
+        try:
+            return skeleton(section, image_size, classes)
+        except RequestError as error:
+            if "img_size" not in str(error):
+                raise
+            del section.timm_kwargs["img_size"]  # it takes every size
+    try:
+        with torch.device("meta"):
+            model = _create(section, classes, {})
+    except (NotImplementedError, RuntimeError):  # models that look at values while they are made
+        model = _create(section, classes, {}).to("meta")
+    return model if section.dtype == "auto" else model.to(getattr(torch, section.dtype))
+
+
+def data_config(model: nn.Module, section: ImageModel, data: ImageData) -> dict[str, Any]:
+    """Return what images must be for this model, as timm.data.create_transform takes it.
+
+    `input_size` (channels, height, width), `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`: the model's own but
+    for the recipe's image size, crop and number of channels. Statistics of three colours serve one grey by their mean.
+    """
+    config = dict(resolve_model_data_config(model, args={"crop_pct": data.crop}))
+    size = data.image_size or section.timm_kwargs.get("img_size") or config["input_size"][1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = section.timm_kwargs.get("in_chans") or config["input_size"][0]
+    config["input_size"] = (channels, height, width)
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
+
+
+def check_takes(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raise unless the model takes images of that size.
+
+    Args:
+        model: on the meta device.
+        config: as `data_config` returns it.
+    """
+    size = config["input_size"]
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if own is None or tuple(own) != tuple(size):  # its own size needs no trial
+        try:
+            model.eval()(torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype))
+            model.train()
+        except Exception as error:
+            raise RequestError(
+                f"data.image_size: {type(model).__name__} does not take images of {size[1]} x {size[2]}: "
+                f"{_first_line(error)}"
+            ) from error
+
+
+def note_size(model: nn.Module, config: dict[str, Any]) -> None:
+    """Let the model say which size of images it is used with: tools ask its pretrained_cfg."""
+    own = getattr(model, "pretrained_cfg", None)
+    if isinstance(own, dict):
+        model.pretrained_cfg = {**own, "input_size": config["input_size"]}  # type: ignore[assignment]
+
+
+def set_checkpointing(model: nn.Module) -> None:
+    """Turn gradient checkpointing on.
+
+    Raises:
+        UnsupportedError: the model has none.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise UnsupportedError(f"{type(model).__name__} has no gradient checkpointing: leave it out.") from error
+
+
+def _create(section: ImageModel, classes: int, options: dict[str, Any]) -> nn.Module:
+    options = {
+        "num_classes": classes,
+        "drop_rate": section.drop_rate,
+        "drop_path_rate": section.drop_path_rate,
+        **options,
+        **section.timm_kwargs,
+    }
+    try:
+        return timm.create_model(source_of(section), **options)
+    except TypeError as error:
+        raise RequestError(f"model: {section.name} does not take an argument of the recipe: {error}") from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if not options.get("pretrained"):
+            raise
+        raise LoraAdaptersError(
+            f"model.name: the weights of {section.checkpoint or section.name} can't be had: {_first_line(error)} Give a "
+            "file as model.checkpoint, or model.pretrained=false for random weights."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,294 @@
+"""The task image-classification: what `lora-adapters train`, `plan`, `eval` and `generate` ask of it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_adapters as la
+from lora_adapters.attach_plan import AttachPlan
+from lora_adapters.device import pick_device
+from lora_adapters.errors import RequestError
+from lora_adapters.inject import planned_on_meta, quantize
+from lora_adapters.memory import StepMemory, predict_step
+from lora_adapters.recipes.adapting import attach_arguments, check_start
+from lora_adapters.report.facts import Sample
+from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
+from lora_adapters.runs.gradients import GradientGuard
+from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
+from lora_adapters.runs.measuring import Measured, evaluating, record_after, record_before
+from lora_adapters.runs.progress import Progress
+from lora_adapters.runs.random_state import seed_all
+from lora_adapters.runs.requirements import check_training, compute_dtype
+from lora_adapters.runs.runner import Run
+from lora_adapters.runs.saved import each_model
+
+from ..augmentation import Mixing, Prepared, evaluation_transform, training_transform
+from ..data import Images, check_count, check_labels, divide, image_mode, limited, open_image, png, read_images
+from ..recipes import ImageRecipe
+from . import base_model
+from .loop import Parts, TrainingLoop
+from .measures import measure
+from .optimization import make_optimizer, memory_of
+
+#: Labels that an answer names with their probabilities.
+_NAMED = 3
+_RANDOM = "The base has random weights, which come from the seed and are saved nowhere."
+
+
+class ImageRunner:
+    """See `lora_adapters.runs.runner.Runner`.
+
+    Args:
+        recipe: the validated recipe.
+    """
+
+    def __init__(self, recipe: ImageRecipe) -> None:
+        self.recipe = recipe
+        self.train_images: Images | None = None
+        self.eval_images: Images | None = None
+
+    # ---- before a weight is read -------------------------------------------------------------------------------------
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model goes."""
+        return pick_device(self.recipe.model.device)
+
+    @cached_property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of the computation, None for the weights' own."""
+        return compute_dtype(self.recipe.training, self.device)
+
+    @property
+    def labels(self) -> list[str]:
+        """The class names, in the order of the classifier's outputs."""
+        if self.recipe.data.labels is None:
+            raise RequestError(
+                "data.labels: the adapter does not say its classes. Give their names in the order it was trained with: "
+                "'data.labels=[cat, dog]'."
+            )
+        return self.recipe.data.labels
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device."""
+        model = base_model.skeleton(self.recipe.model, self.recipe.data.image_size, len(self.labels))
+        config = base_model.data_config(model, self.recipe.model, self.recipe.data)
+        base_model.check_takes(model, config)
+        base_model.note_size(model, config)
+        return model
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What images must be for the model; see `base_model.data_config`."""
+        return base_model.data_config(self.skeleton, self.recipe.model, self.recipe.data)
+
+    @cached_property
+    def made_plan(self) -> AttachPlan:
+        """The recipe's plan, on the model without its weights."""
+        return self.plan(self.recipe.model.quantization)
+
+    def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
+        """Find what is wrong with the recipe, read the folders, and plan the adapter; no weight is read."""
+        data, training = self.recipe.data, self.recipe.training
+        if "train" not in parts and data.eval is None and data.eval_split is None and not data.eval_fraction:
+            raise RequestError("There is no eval data: give --data FOLDER, or data.eval=FOLDER.")
+        _ = self.device, self.autocast
+        check_training(training)
+        make_optimizer(training, [nn.Parameter(torch.zeros(1))])
+        base_model.source_of(self.recipe.model)
+        self._read(parts)
+        image_mode(self.config["input_size"][0])
+        if "train" in parts:
+            training_transform(self.config, self.recipe.augmentation)
+            check_start(self.recipe.adapter, self.recipe.model.quantization)
+            _ = self.made_plan
+            if training.gradient_checkpointing:
+                base_model.set_checkpointing(copy.deepcopy(self.skeleton))
+
+    def _read(self, parts: Sequence[str]) -> None:
+        """Set `train_images` and `eval_images`; the classes of the training images become part of the recipe."""
+        data, seed = self.recipe.data, self.recipe.training.seed
+        train = read_images(data, "train") if "train" in parts or data.eval_fraction else None
+        held_out = read_images(data, "eval") if data.eval is not None or data.eval_split is not None else None
+        if data.labels is None and "train" in parts and train is not None:
+            data.labels = train.classes
+        check_count(self.labels)
+        if train is not None and data.eval_fraction:
+            train, held_out = divide(train, data.eval_fraction, seed)
+        if train is not None and "train" in parts:
+            check_labels(train, self.labels, "train")
+            self.train_images = limited(train, data.limit, seed)
+        if held_out is not None:
+            check_labels(held_out, self.labels, "eval")
+            self.eval_images = limited(held_out, data.eval_limit, seed)
+
+    def accept(self, adapters: Mapping[str, Path]) -> None:
+        """A run's recipe holds its classes; other adapters don't say theirs."""
+
+    def shape(self) -> tuple[int, int]:
+        """Return the images of one forward pass; they have no tokens."""
+        return self.recipe.training.batch_size, 1
+
+    def plan(self, quantization: Any) -> AttachPlan:
+        """Return the recipe's plan for a base stored as `quantization` says."""
+        return la.plan(self.skeleton, **attach_arguments(self.recipe.adapter), quantization=quantization)
+
+    def memory(
+        self, plan: AttachPlan, batch_size: int, length: int, checkpointing: bool, device: str | None = None
+    ) -> StepMemory:
+        """Predict a step; see `Runner.memory`."""
+        there = torch.device(device or self.device.type)
+        # Models call their images by different names.
+        name = next(iter(inspect.signature(self.skeleton.forward).parameters))
+        dtype = next(p.dtype for p in self.skeleton.parameters())
+        autocast = compute_dtype(self.recipe.training, there)
+        images = torch.zeros(batch_size, *self.config["input_size"], dtype=torch.float32 if autocast else dtype)
+        return predict_step(
+            planned_on_meta(self.skeleton, plan),
+            {name: images},
+            optimizer=memory_of(self.recipe.training),
+            autocast=autocast,
+            device=there.type,
+            checkpointing=checkpointing or None,
+            loss=lambda logits: F.cross_entropy(logits.float(), torch.zeros_like(logits, dtype=torch.float32)),
+        )
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, run: Run) -> None:
+        """Train; see `Runner.train`."""
+        assert self.train_images is not None
+        parts = {"train": self.train_images, "eval": self.eval_images}
+        record_data(run, [part.facts(name) for name, part in parts.items() if part is not None])
+        run.facts.labels, run.facts.higher_is_better = self.labels, ["accuracy", "macro_f1"]
+        if len(self.labels) > 5 and self.eval_images is not None:
+            run.facts.higher_is_better.append("top5_accuracy")
+        with run.preparing():
+            record_memory(run, self, self.made_plan, self.device)
+            run.progress.say(f"loading {self.recipe.model.name}")
+            model = self._load()
+            if run.resume_from is None:
+                adapter = la.attach(model, **attach_arguments(self.recipe.adapter))
+            else:
+                adapter = la.restore(model, run.resume_from)
+            record_adapter(run, adapter)
+            if not self.recipe.model.pretrained and _RANDOM not in run.facts.notes:
+                run.facts.notes.append(_RANDOM)
+            if self.eval_images is not None and not run.facts.before:
+                run.progress.say(f"measuring the base on {len(self.eval_images):,} images")
+                measured = self._measure(adapter.model)
+                record_before(run, measured, self._samples(measured, self.recipe.samples))
+        guard = GradientGuard(run)
+        loop = TrainingLoop(run, adapter, guard, self._parts(adapter))
+        loop.fit()
+        with loop.averaged():
+            save_adapter(run, adapter, guard)
+            raise_unless_finished(run, guard)
+            with run.measuring():
+                if self.eval_images is not None:
+                    run.progress.say("measuring the adapter")
+                    measured = self._measure(adapter.model)
+                    record_after(run, measured, self._samples(measured, len(run.facts.samples)))
+
+    def _load(self) -> nn.Module:
+        """Return the base on its device, stored as the recipe says; what is random in it is the same every time."""
+        section, seed = self.recipe.model, self.recipe.training.seed
+        seed_all(seed)
+        model = base_model.build(section, len(self.labels))
+        base_model.note_size(model, self.config)
+        if self.autocast is not None:  # what is trained whole is trained in float32
+            for name in self.made_plan.trained:
+                model.get_submodule(name).float()
+        model.to(self.device)
+        if section.quantization is not None:
+            quantize(model, la.plan(model, **attach_arguments(self.recipe.adapter), quantization=section.quantization))
+        if self.recipe.training.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.recipe.training.gradient_checkpointing:
+            base_model.set_checkpointing(model)
+        seed_all(seed)
+        return model
+
+    def _parts(self, adapter: Any) -> Parts:
+        assert self.train_images is not None
+        recipe, seed = self.recipe, self.recipe.training.seed
+        transform = training_transform(self.config, recipe.augmentation)
+        drawn = seed if recipe.augmentation.enabled else None
+        return Parts(
+            Prepared(self.train_images, self.labels, transform, self.config["input_size"][0], drawn),
+            Mixing(recipe.augmentation, recipe.training.label_smoothing, len(self.labels), seed),
+            self._place,
+            None if self.eval_images is None else lambda: self._measure(adapter.model).metrics,
+            self.device,
+            self.autocast,
+        )
+
+    def _place(self, images: Tensor) -> Tensor:
+        """Return images (rows, channels, height, width) where and as the model takes them."""
+        dtype = images.dtype if self.autocast else next(p.dtype for p in self.skeleton.parameters())
+        layout = torch.channels_last if self.recipe.training.channels_last else torch.contiguous_format
+        return images.to(self.device, dtype, non_blocking=True, memory_format=layout)
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------
+
+    def _measure(self, model: Any) -> Measured:
+        assert self.eval_images is not None
+        transform, channels = evaluation_transform(self.config), self.config["input_size"][0]
+        prepared = Prepared(self.eval_images, self.labels, transform, channels, None)
+        size, workers = self.recipe.training.batch_size, self.recipe.data.workers
+        return measure(model, prepared, self.labels, size, workers, self._place, self.autocast)
+
+    def _samples(self, measured: Measured, count: int) -> list[Sample]:
+        """Return some images drawn by the seed; the last part of a sample is what the model takes it for."""
+        images = self.eval_images
+        assert images is not None
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.recipe.training.seed)).tolist()
+        return [
+            Sample(
+                str(images.items[i]) if isinstance(images.items[i], str) else f"Eval image {images.items[i]}",
+                [("class", images.labels[i]), ("predicted", measured.outputs[i])],
+                [("image", png(images.read(images.items[i])))],
+            )
+            for i in order[:count]
+        ]
+
+    def evaluate(self, adapters: Mapping[str, Path], progress: Progress) -> dict[str, dict[str, float]]:
+        """Return name -> metrics on the eval data; see `Runner.evaluate`."""
+        assert self.eval_images is not None
+        found = {}
+        for name, model in self._each(adapters, progress):
+            progress.say(f"measuring {name} on {len(self.eval_images):,} images")
+            found[name] = self._measure(model).metrics
+        return found
+
+    def generate(
+        self, adapters: Mapping[str, Path], prompts: Sequence[str], progress: Progress, **options: Any
+    ) -> list[Sample]:
+        """Return what the base and each adapter take image files for: prompts are paths. See `Runner.generate`."""
+        pictures = [open_image(prompt) for prompt in prompts]
+        base_model.source_of(self.recipe.model)
+        transform, mode = evaluation_transform(self.config), image_mode(self.config["input_size"][0])
+        found = [Sample(prompt, [], [("image", png(one))]) for prompt, one in zip(prompts, pictures, strict=True)]
+        for name, model in self._each(adapters, progress):
+            for sample, picture in zip(found, pictures, strict=True):
+                with evaluating(model, self.autocast):
+                    logits = model(self._place(transform(picture.convert(mode))[None]))[0].float()
+                shares, indices = torch.softmax(logits, -1).topk(min(_NAMED, len(self.labels)))
+                named = zip(shares.tolist(), indices.tolist(), strict=True)
+                sample.parts.append((name, ", ".join(f"{self.labels[i]} {share:.1%}" for share, i in named)))
+        return found
+
+    def _each(self, adapters: Mapping[str, Path], progress: Progress):
+        """Yield ("base", model), then (name, the same model with that adapter)."""
+        progress.say(f"loading {self.recipe.model.name}")
+        yield from each_model(self._load(), adapters)
