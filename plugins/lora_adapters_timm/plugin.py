@@ -21,6 +21,15 @@ def lora_adapters_backends():
 
 
 @hookimpl
+def lora_adapters_saving(adapter, path, metadata):
+    """Keep which timm model it is for, and how that was made."""
+    if adapter.plan.backend == "timm":
+        from .facts import Facts
+
+        metadata.update(Facts.of(adapter.base).entries())
+
+
+@hookimpl
 def lora_adapters_trainers():
     """Train classifiers of images."""
     return [
