@@ -8,17 +8,37 @@ import torch
 from torch import nn
 
 from .heads import pretrained_cfg
+from .simulated import forward
+
+#: Sides to try where a model takes one size only and doesn't say which.
+_SIDES = (*range(32, 513, 32), 768, 1024)
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model was made for.
 
     The size is the one that the model was created with (img_size=) where a module of it keeps that, else the one of its
-    pretrained weights; the channels are those of the first convolution.
+    pretrained weights. A few models take one size only and keep none (LeViT, GCViT, VOLO): of theirs the first one counts
+    that a forward pass without data takes. The channels are those of the first convolution.
     """
     config = pretrained_cfg(model)
     channels, *size = config.get("input_size") or (3, 224, 224)
-    return _channels(model, channels), *(_kept_size(model) or tuple(size))
+    channels = _channels(model, channels)
+    if kept := _kept_size(model):
+        return channels, *kept
+    pretrained = (channels, *size)
+    if not config.get("fixed_input_size"):
+        return pretrained
+    shapes = (pretrained, *((channels, side, side) for side in _SIDES))
+    return next((shape for shape in shapes if _takes(model, shape)), pretrained)
+
+
+def _takes(model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    try:
+        forward(model, shape)
+    except Exception:  # whatever a forward raises on images of another size
+        return False
+    return True
 
 
 def images(model: nn.Module, batch_size: int, device: Any) -> torch.Tensor:

@@ -8,22 +8,20 @@ neither called nor read does nothing. The model itself is only looked at.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lora_adapters.direct_reads import owners_of, why_not_called
-from lora_adapters.simulation import Copier, Tracker, rng_untouched
 from lora_adapters.targets import ModelInfo
 
 from .inputs import image_shape
+from .simulated import forward
 
 _UNCALLED = "the model's forward never uses it"
 
@@ -60,18 +58,14 @@ def uses_of(info: ModelInfo) -> Uses:
 
 
 def _run(info: ModelInfo) -> Uses:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = torch.device("cpu")
-    with rng_untouched(), warnings.catch_warnings(), mode, torch.no_grad():
-        warnings.simplefilter("ignore")
-        copier = Copier(mode, device)
-        fake: Any = copier.copy(info.model)
-        fake.eval()
-        image = copier.input(torch.empty(1, *image_shape(info.model), device="meta"))
-        dtype = next((p.dtype for p in fake.parameters() if p.dtype.is_floating_point), torch.float32)
-        watch = _Watch(fake, info.modules)
-        with Tracker(device, simulated=True), watch:
-            fake(image.to(dtype))
+    seen: list[_Watch] = []
+
+    def watching(copy: nn.Module) -> _Watch:
+        seen.append(_Watch(copy, info.modules))
+        return seen[-1]
+
+    forward(info.model, image_shape(info.model), watching)
+    watch = seen[0]
     return Uses(
         reads={name: watch.reads[name] for name in info.modules if name in watch.reads},
         uncalled={name: _UNCALLED for name in info.modules if name not in watch.called and name not in watch.reads},

@@ -26,6 +26,8 @@ from lora_adapters.targets import Classification, ModelInfo, candidates
 RANK = 4
 #: Merged and unmerged models differ by rounding only.
 TOLERANCE = 1e-4
+#: Two runs of one model may differ by this much, as torch's CPU kernels round by where a tensor lies in memory.
+ROUNDING = 1e-6
 BACKEND = TimmBackend()
 
 
@@ -174,8 +176,14 @@ class _Life:
             return [t for t in tree_leaves(model(self.image)) if isinstance(t, torch.Tensor)]
 
     def same(self, what: str, now: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-        if not all(torch.equal(a, b) for a, b in zip(now, before, strict=True)):
-            self.problem(f"{what} (by {_difference(now, before):.1e})")
+        """Require equal bits, or what torch's matrix products differ by from one place in memory to another."""
+        if all(torch.equal(a, b) for a, b in zip(now, before, strict=True)):
+            return
+        error = _difference(now, before)
+        if error < ROUNDING:
+            self.outcome.notes.append(f"{self.what}, {what} to rounding ({error:.1e})")
+        else:
+            self.problem(f"{what} (by {error:.1e})")
 
     def gradients(self, adapter: Any) -> None:
         """Run a training step with an adapter that matters; every factor must get a gradient."""
