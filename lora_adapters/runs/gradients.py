@@ -24,29 +24,32 @@ class GradientGuard:
         self._facts, self._policy = run.facts, run.recipe.training.nan
         self._in_a_row = 0
 
-    def passes(self, parameters: Iterable[torch.nn.Parameter], step: int) -> bool:
+    def passes(
+        self, parameters: Iterable[torch.nn.Parameter], step: int, statistics: Iterable[torch.Tensor] = ()
+    ) -> bool:
         """Return True if the optimizer may use the gradients; else they are dropped, and the step counts as skipped.
 
         Args:
             parameters: those of the optimizer; more do no harm.
             step: the number of this step, counted from 1.
+            statistics: what the forward has changed, as BatchNorm's running statistics: they must be finite too.
 
         Raises:
             DivergedError: the gradient is not finite and the policy is "raise".
         """
         parameters = [p for p in parameters if p.grad is not None]
-        if bool(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).isfinite()):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(norm.isfinite()) and all(bool(value.isfinite().all()) for value in statistics):
             self.taken()
             return True
+        what = f"A running statistic of step {step}" if bool(norm.isfinite()) else f"The gradient of step {step}"
         if self._policy == "raise":
-            raise DivergedError(
-                f"The gradient of step {step} is not finite (training.nan is raise). Nothing was saved."
-            )
+            raise DivergedError(f"{what} is not finite (training.nan is raise). Nothing was saved.")
         for parameter in parameters:
             parameter.grad = None  # optimizers pass parameters without a gradient over
         self.skipped(step)
         if self._policy == "stop":
-            self.diverged = f"The gradient of step {step} is not finite."
+            self.diverged = f"{what} is not finite."
         return False
 
     def holds(self, parameters: Iterable[torch.nn.Parameter], step: int) -> bool:

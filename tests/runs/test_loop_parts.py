@@ -129,3 +129,19 @@ def test_nothing_finite_is_nothing_saved(run):
     assert not run.folder.adapter.exists()
     with pytest.raises(DivergedError, match="none is kept"):
         raise_unless_finished(run, guard)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "raise"])
+def test_running_statistics_must_be_finite_too(run, policy):
+    run.recipe.training.nan = policy
+    guard, parameter = GradientGuard(run), torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    assert guard.passes([parameter], 1, [torch.ones(3)])
+    if policy == "raise":
+        with pytest.raises(DivergedError, match="A running statistic of step 2 is not finite"):
+            guard.passes([parameter], 2, [torch.tensor(float("inf"))])
+        return
+    assert not guard.passes([parameter], 2, [torch.tensor(float("inf"))])
+    assert parameter.grad is None
+    assert run.facts.skipped_steps == 1
+    assert bool(guard.diverged) == (policy == "stop")

@@ -117,18 +117,25 @@ class TrainingLoop:
         """Take one step; return the norm of its gradient before clipping."""
         self.schedule.step_update(step - 1)
         self.optimizer.zero_grad()
+        statistics = _running_statistics(self.adapter.model)
+        before = [value.clone() for value in statistics]
         self.losses.append(self._backward(forward, loader, step))
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         scaled = self.accelerator.scaler is not None  # it looks at the gradients itself, and skips
-        if scaled or self.guard.passes(self.trained, step):
+        taken = scaled or self.guard.passes(self.trained, step, statistics)
+        if taken:
             if self.training.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.trained, self.training.max_grad_norm, norm)
             self.optimizer.step()
+            taken = not (scaled and self.optimizer.step_was_skipped)
             if scaled:
-                self.guard.skipped(step) if self.optimizer.step_was_skipped else self.guard.taken()
-            if self.ema is not None:
-                self.ema.update(self.adapter.model, step)
+                self.guard.taken() if taken else self.guard.skipped(step)
+        if taken and self.ema is not None:
+            self.ema.update(self.adapter.model, step)
+        if not taken:  # a step that is skipped leaves nothing behind
+            for value, old in zip(statistics, before, strict=True):
+                value.copy_(old)
         return float(norm)
 
     def _backward(self, forward: Any, loader: Iterator[tuple[Tensor, Tensor]], step: int) -> float:
@@ -231,3 +238,9 @@ class TrainingLoop:
             wandb = {"name": name, "dir": str(self.run.folder.path / LOGS)}
             made.init_trackers("lora-adapters", init_kwargs={"wandb": wandb})
         return made
+
+
+def _running_statistics(model: torch.nn.Module) -> list[Tensor]:
+    """Return the floating statistics that a forward changes: those of norms in training mode."""
+    norms = [m for m in model.modules() if m.training and getattr(m, "running_mean", None) is not None]
+    return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
