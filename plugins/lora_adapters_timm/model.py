@@ -31,7 +31,7 @@ class TimmLoraModel(nn.Module):
     and its tools (optimizers with layer decay, schedulers, Mixup, checkpoint loaders) work. Whatever else the model has
     (`pretrained_cfg`, `num_features`, `group_matcher`, `forward_features`, ...) is there too.
 
-    Its state_dict holds the model's own keys as a plain timm model has them, the adapter's ("....lora_A.default.weight") and,
+    Its state_dict holds the base's keys as a plain timm model has them, the adapter's ("....lora_A.default.weight") and,
     for modules trained whole, what they were before ("head.original_module.weight"). load_state_dict takes that, and also
     a plain timm checkpoint of the base, which leaves the adapter as it is.
 
