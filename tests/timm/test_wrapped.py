@@ -61,7 +61,7 @@ def test_trainer_saves_what_stock_peft_and_we_load(tmp_path):
     lora.model.eval()
     with torch.no_grad():
         expected = lora.model(pixel_values=images).logits
-    for load in (la.restore, lambda model, folder: PeftModel.from_pretrained(model, folder)):
+    for load in (la.restore, PeftModel.from_pretrained):
         base = wrapped()
         la.attach(base, rank=1, quantization="nf4").detach()
         load(base, tmp_path / "checkpoint-3")
