@@ -86,9 +86,8 @@ def test_only_what_trains_is_kept_in_float32():
     net, _ = adapted(torch.bfloat16)
     ema = AdapterEma(net)
     kept = ema.state_dict()["averages"]
-    statistics = {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
-    assert trained < set(kept) <= trained | statistics
+    assert set(kept) == trained, "BatchNorm stays in evaluation mode under an adapter, so its statistics don't change"
     assert all(average.dtype == torch.float32 for average in kept.values() if average.is_floating_point())
     assert not any(net.get_parameter(n).data_ptr() == kept[n].data_ptr() for n in trained)
 
