@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from . import inject, merge
+from . import batch_norm, inject, merge, replaced
 from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
 from .norms import update_norm
+from .quantized import unpack_read
 from .saving import save_adapter
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 class _State:
     """What is known of one base model: its PeftModel, its adapters in the order they came, and how to take them off.
 
+    Also the names of the modules whose weight other code reads, which must never be left packed without an adapter.
+
     It is kept on the model itself and goes with it. (A dictionary that is weak in its keys would keep every model
     alive: the PeftModel holds its base.) A copy of a model begins with nothing known, as a model from elsewhere does.
     """
@@ -38,6 +42,9 @@ class _State:
         self.peft_model = peft_model
         self.adapters: dict[str, Adapter] = {}
         self.changes: list[Changes] = []
+        self.read: set[str] = set()
+        # The base's own modules under those trained whole, by name: whoever replaces one takes the wrapper away too.
+        self.originals: dict[str, nn.Module] = {}
 
     @classmethod
     def of(cls, base: nn.Module) -> _State | None:
@@ -88,6 +95,10 @@ class Adapter:
             state.keep_on(base)
         state.adapters[self.name] = self
         state.changes.append(changes)
+        state.read |= {layer.name for layer in plan.layers if layer.read_by}
+        # What trains beside whole modules: biases.
+        self._other_values = plan.trained_parameters - replaced.trained_values(base, plan)
+        state.originals = replaced.wrapped_originals(base) | state.originals
 
     def __repr__(self) -> str:
         state = "merged into its base" if self._merged_away else "detached" if self._base is None else "attached"
@@ -120,10 +131,38 @@ class Adapter:
         """Return module name -> adapter layer."""
         return {layer.name: self.base.get_submodule(layer.name) for layer in self.plan.layers}  # type: ignore[misc]
 
+    def rewrap_trained(self) -> tuple[str, ...]:
+        """Bring modules that replaced trained ones (a head, by `model.reset_classifier(n)`) under the adapter.
+
+        The new module itself is trained and saved from now on; other adapters that train the same module get copies of it.
+        The plans then count its values. Make the optimizer afterwards: it does not know the new parameters. The base's own
+        module stays what it was: `disabled()` computes with it, and `detach` puts it back.
+
+        Returns:
+            The names of the modules that had been replaced; () if none was.
+
+        Raises:
+            StateError: the adapter is not attached, or is merged.
+        """
+        if self.merged:
+            raise StateError("The adapter is merged into the base: unmerge it first.")
+        state, base = self._state, self.base
+        names = tuple(replaced.replaced(base, self.plan))
+        for name in names:
+            # An adapter that also trains the module has lost it by the same call.
+            holders = [a.name for a in state.adapters.values() if name in replaced.replaced(base, a.plan)]
+            active = next((a for a in self.model.active_adapters if a in holders), self.name)
+            replaced.rewrap(base, [name], state.originals, active, holders)
+        for adapter in state.adapters.values():
+            values = adapter._other_values + replaced.trained_values(base, adapter.plan)
+            adapter.plan = replace(adapter.plan, trained_parameters=values)
+        return names
+
     @property
     def merged(self) -> bool:
         """Return True while this adapter is folded into the base."""
-        return any(self.name in layer.merged_adapters for layer in self.layers.values())
+        # A layer that other code replaced is merged into nothing.
+        return any(self.name in getattr(layer, "merged_adapters", ()) for layer in self.layers.values())
 
     def summary(self) -> str:
         """Return a table of what is adapted, how each layer computes now and why, what is skipped and why."""
@@ -172,12 +211,16 @@ class Adapter:
 
         Returns:
             The folder.
+
+        Raises:
+            StateError: the adapter is merged, or a module that it adapts or trains was replaced after attaching.
         """
         if self.merged:
             raise StateError("The adapter is merged into the base: unmerge it before saving.")
+        replaced.check_in_place(self.base, self.plan)
         metadata: dict[str, Any] = {}
         plugins().notify("lora_adapters_saving", adapter=self, path=str(path), metadata=metadata)
-        return save_adapter(self.model, self.name, Path(path), metadata)
+        return save_adapter(self.model, self.plan, Path(path), metadata)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
@@ -250,8 +293,9 @@ class Adapter:
     def detach(self) -> nn.Module:
         """Take the adapter off and give the model its original modules back, bit for bit.
 
-        A base that `attach` quantized stays quantized: its dense weights were let go. Liger's kernels go with the last
-        adapter that asked for them.
+        A base that `attach` quantized stays quantized: its dense weights were let go. Where other code reads such a
+        weight without calling its module, the module becomes a dense one with the dequantized weight, and a warning
+        says so. Liger's kernels go with the last adapter that asked for them.
 
         Returns:
             The base model.
@@ -263,6 +307,7 @@ class Adapter:
         if inject.adapter_names(base) == {self.name}:
             for changes in reversed(state.changes):
                 changes.revert()
+            batch_norm.release(base)
             _State.forget(base)
         else:
             left = state.peft_model
@@ -272,6 +317,7 @@ class Adapter:
                 # PEFT's layers go over to the next adapter, but modules trained whole do only if this one had a copy.
                 left.set_adapter(left.active_adapters[0])
             inject.unwrap_empty(base)
+        unpack_read(base, state.read)
         self._release_kernels()
         self._base = None
         return base

@@ -35,6 +35,8 @@ PREFIX = "base_model.model."
 DIGEST_ENTRY, MEANING_ENTRY, VERSION_ENTRY = "lora_adapters.digest", "lora_adapters.config", "lora_adapters.version"
 #: The layers whose adapter acts wherever the module is registered, joined by commas.
 HELD_TWICE_ENTRY = "lora_adapters.held_twice"
+#: The layers adapted in parts, see `projection_parts`, and how BatchNorm's statistics were trained, see `batch_norm`.
+PARTS_ENTRY, NORM_ENTRY = "lora_adapters.parts", "lora_adapters.norm"
 
 _FACTORS = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a", ".lora_embedding_B": "b"}
 _EXTRAS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude", ".lora_velora_embed": "velora"}

@@ -46,6 +46,7 @@ def attach(
     *,
     fused: Any = _UNSET,
     liger: Any = _UNSET,
+    norm: str = _UNSET,
     progress: bool | None = None,
     **lora_config_fields: Any,
 ) -> Adapter:
@@ -56,7 +57,9 @@ def attach(
         rank: rank of A and B (default 16).
         alpha: scale times rank; None (default) means alpha = rank, a scale of 1.
         targets: what to adapt. "auto" (default): the target map's choice for this model. A role expression:
-            "attention", "attention+mlp", "all-linear", "conv", "q+v". Names: ["q_proj", "v_proj"]. A mapping of any of
+            "attention", "attention+mlp", "all-linear", "conv", "q+v". Where q, k and v are fused in one layer whose rows
+            the backend knows, "q" adapts these rows alone, by ranks of their own (the layer's rank is then the sum), and
+            "attention" the whole layer. Names: ["q_proj", "v_proj"]. A mapping of any of
             these to a rank or {"rank": r, "alpha": a}; later entries override earlier ones. "re:..." is a regular
             expression searched in module names.
         dropout: probability of zeroing an input of A.
@@ -76,6 +79,10 @@ def attach(
             where there are none). While a model that has them trains on labels, its outputs hold no logits, and a graph
             kept by retain_graph=True can't be run backward twice (an error). Other models of its type in this process
             share the rotary kernel until the last adapter that asked is detached.
+        norm: BatchNorm's running statistics, which an adapter's file does not hold by itself. "eval" (default): every
+            BatchNorm stays in evaluation mode, whatever `model.train()` says, until the adapter is taken off. "train":
+            training updates the statistics of copies, which are saved with the adapter. "affine": their weight and bias
+            are trained as well. The base's own statistics never change while an adapter is attached.
         progress: show a progress bar while quantizing; None shows it in a terminal.
         **lora_config_fields: also `layers` (block indices), `exclude` (names), `seed`, `dtype`; PEFT's names for the
             arguments above (`r`, `lora_alpha`, `target_modules`, ...); and any other field of peft.LoraConfig.
@@ -99,6 +106,7 @@ def attach(
         modules_to_save=modules_to_save,
         fused=fused,
         liger=liger,
+        norm=norm,
         **lora_config_fields,
     )
     base = unwrap(model)

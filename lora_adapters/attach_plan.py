@@ -9,26 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from .backends import backend_for
 from .request import AttachRequest
-from .targets import Rows
+from .targets import Part
 
 if TYPE_CHECKING:
     from .memory import StepMemory
     from .weights import Quantizer
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the projections that a fused layer holds, adapted by ranks of its own.
-
-    Attributes:
-        role: "q", "k" or "v".
-        rank: how many of the layer's ranks are its own, after those of the parts before it.
-        rows: the rows of the layer's weight that these ranks change, as (first, end) ranges.
-    """
-
-    role: str
-    rank: int
-    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,8 @@ class PlannedLayer:
         rank, alpha, scaling: of the adapter here; scaling is the factor of B @ A.
         format: how the base weight will be stored: "dense", "nf4", ...
         weight_bytes: bytes the base weight will take.
-        parameters: values the adapter adds here.
+        parameters: values of A and B. B of a layer adapted in parts has every row, so its fixed zeros count: they take
+            memory like the others, in the optimizer and in the file too.
         layer: "package.module:Class" of the adapter layer.
         engine: "direct" if this package builds the layer, "peft" if PEFT's own injection does.
         parts: the parts of a fused projection that are adapted, each by ranks of its own; empty where all of it is.
@@ -87,9 +73,10 @@ class AttachPlan:
         skipped: what could be adapted and will not.
         quantize: module name -> format, of every base module that will be quantized (adapted or not).
         trained: modules that will be trained and saved whole.
+        norms: BatchNorm modules whose running statistics are the adapter's own; see `attach`'s argument `norm`.
         task_type: PEFT's task type or None.
         total_parameters: values of the whole base model.
-        trained_parameters: values of `trained` and of trained biases.
+        trained_parameters: values of `trained`, of trained biases and of `norms` where these are trained.
         notes: things worth knowing.
     """
 
@@ -104,6 +91,7 @@ class AttachPlan:
     total_parameters: int
     trained_parameters: int
     notes: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     _model: Any = field(default=None, repr=False, compare=False)
     _quantizers: Mapping[str, Quantizer] = field(default_factory=dict, repr=False, compare=False)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .adapter_config import WEIGHTS_NAME
+from .adapter_file import NORM_ENTRY
 
 if TYPE_CHECKING:
     from .adapter_file import AdapterFile
@@ -182,5 +183,5 @@ def notes_for_timm(file: AdapterFile, refused_by_peft: tuple[str, ...]) -> Itera
     yield from (f"stock PEFT does not load it: {reason}" for reason in refused_by_peft)
     if on.name.startswith("Feature"):
         yield f"{on.name} is what features_only=True makes: its layers' names are not those of the plain model"
-    if any(module.kind.startswith("conv") for module in file.modules.values()):
+    if NORM_ENTRY not in file.metadata and any(module.kind.startswith("conv") for module in file.modules.values()):
         yield "the running statistics of BatchNorm are not in an adapter's files: trained in train mode, they are lost"

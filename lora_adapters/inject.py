@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import hashlib
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +19,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, get_pe
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from . import batch_norm
 from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of, foreign_tuner
 from .direct_reads import has_fused_layers, keep_called
@@ -31,10 +30,12 @@ from .layers.engine import EngineLayer, Factors
 from .layers.fused import FusedForward
 from .layers.groups import join_siblings
 from .layers.optimized import stock_class
+from .layers.part_factors import mask_of
 from .layers.routes import Route, route
 from .naming import patterns_for, target_modules_for
 from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
+from .starting_values import fill_factors
 from .weights import guard_cpu_repacking, mark_quantized, quantize_modules
 
 if TYPE_CHECKING:
@@ -97,12 +98,17 @@ def _apply(
     initialise = load is None
     fused = has_fused_layers(model)
     try:
+        if DUMMY_TARGET_MODULES is None and any(layer.parts for layer in plan.layers):
+            raise UnsupportedError(
+                "This version of peft lacks DUMMY_TARGET_MODULES, without which parts can't be adapted."
+            )
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is None:
             warn("This version of peft lacks DUMMY_TARGET_MODULES, so PEFT's own injection builds the layers.")
         if plan.engine == "direct" and DUMMY_TARGET_MODULES is not None:
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
+        batch_norm.prepare_copies(model, plan.request.adapter_name, plan.norms, plan.request.norm == "affine")
         _choose_forwards(model, plan)
         if fused:
             keep_called(model)
@@ -115,7 +121,10 @@ def _apply(
         if peft_model is not None:
             peft_model.peft_config.pop(plan.request.adapter_name, None)
         raise
-    return result, snapshot.changes()
+    changes = snapshot.changes()
+    # Not one of the changes to take back: detaching leaves the model in the mode it is in then.
+    batch_norm.freeze(model)
+    return result, changes
 
 
 def quantize(model: nn.Module, plan: AttachPlan, progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -274,49 +283,10 @@ def _factors(base: nn.Module, planned: PlannedLayer, plan: AttachPlan, initialis
     bias = torch.zeros(out, dtype=dtype, device=device) if request.peft_fields.get("lora_bias") else None
     a = torch.empty(shape_a, dtype=dtype, device=device)
     b = torch.zeros(shape_b, dtype=dtype, device=device)
+    mask = mask_of(planned.parts, out, device) if planned.parts else None
     if initialise and device.type != "meta":
-        a, b = initial_values(a, b, planned, request.seed, request.peft_fields.get("init_lora_weights", True))
-    return Factors(a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias)
-
-
-def initial_values(
-    a: torch.Tensor, b: torch.Tensor, planned: PlannedLayer, seed: int | None, init: bool | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill A and B in place, as PEFT does, from numbers that depend on the seed and the module's name alone.
-
-    True: A from the uniform distribution U(-1/sqrt(fan_in), 1/sqrt(fan_in)), B zero (embeddings: A zero, B from the
-    normal distribution). "gaussian": A normal with standard deviation 1/rank. False: B random as well (for tests).
-    Numbers are drawn on the CPU in float32, so that they are the same on every device.
-    """
-    seed = torch.initial_seed() if seed is None else seed
-    digest = hashlib.blake2b(f"{seed}:{planned.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-    def fill(tensor: torch.Tensor, kind: str, size: float) -> None:
-        # Straight into the tensor where it already is float32 on the CPU, through a copy elsewhere.
-        here = tensor.device.type == "cpu" and tensor.dtype == torch.float32
-        draw = tensor if here else torch.empty(tensor.shape, dtype=torch.float32)
-        draw.uniform_(-size, size, generator=generator) if kind == "uniform" else draw.normal_(
-            0, size, generator=generator
-        )
-        if not here:
-            tensor.copy_(draw)
-
-    with torch.no_grad():
-        if planned.kind == "embedding":
-            a.zero_()
-            fill(b, "normal", 1.0)
-            if init is False:
-                fill(a, "normal", 1.0)
-            return a, b
-        fan_in = math.prod(planned.shape[1:])
-        if init == "gaussian":
-            fill(a, "normal", 1 / planned.rank)
-        else:
-            fill(a, "uniform", 1 / math.sqrt(fan_in))
-        if init is False:
-            fill(b, "uniform", 1 / math.sqrt(planned.rank))
-    return a, b
+        fill_factors(a, b, planned, request.seed, request.peft_fields.get("init_lora_weights", True))
+    return Factors(a, b, rank, planned.alpha, planned.scaling, request.dropout, request.rslora, bias, mask)
 
 
 # ---- PEFT's way, for its special initialisations and variants ----------------------------------------------------
@@ -344,7 +314,7 @@ def _inject_through_peft(
             layer = adopt(layer)  # type: ignore[arg-type]
         if plain and initialise and isinstance(layer, EngineLayer):
             a, b = layer.factor_parameters(name)
-            initial_values(a.data, b.data, planned, plan.request.seed, config.init_lora_weights)  # type: ignore[arg-type]
+            fill_factors(a.data, b.data, planned, plan.request.seed, config.init_lora_weights)  # type: ignore[arg-type]
     peft_model.set_adapter(name)
     return peft_model
 
@@ -355,7 +325,7 @@ def build_config(model: nn.Module, plan: AttachPlan) -> LoraConfig:
     rank = Counter(layer.rank for layer in plan.layers).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in plan.layers).most_common(1)[0][0]
     names = [layer.name for layer in plan.layers]
-    universe = _plain_names(model)
+    universe = plain_names(model)
     passed = {
         k: v
         for k, v in request.peft_fields.items()
@@ -368,7 +338,7 @@ def build_config(model: nn.Module, plan: AttachPlan) -> LoraConfig:
         target_modules=target_modules_for(names, universe),
         rank_pattern=_pattern(plan.layers, "rank", rank, names),
         alpha_pattern=_pattern(plan.layers, "alpha", alpha, names),
-        modules_to_save=list(plan.trained) or None,
+        modules_to_save=[*plan.trained, *plan.norms] or None,
         task_type=plan.task_type,  # type: ignore[arg-type]
         fan_in_fan_out=passed.pop("fan_in_fan_out", _only_transposed(model, names)),
         **passed,
@@ -380,7 +350,7 @@ def _only_transposed(model: nn.Module, names: Iterable[str]) -> bool:
     return all(type(base_of(model.get_submodule(name))).__name__ == "Conv1D" for name in names)
 
 
-def _plain_names(model: nn.Module) -> list[str]:
+def plain_names(model: nn.Module) -> list[str]:
     """Return module names as they are without adapters: the inside of PEFT layers left out."""
     names: list[str] = []
     inside: tuple[str, ...] = ()

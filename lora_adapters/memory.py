@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import RequestError, UnsupportedError
-from .simulation import Copier, Tracker, keep_masks_as_cuda, rng_untouched, stored_bytes
+from .simulation import Copier, Tracker, keep_masks_as_cuda, quiet, rng_untouched, stored_bytes
 
 #: Makes an optimizer for the trainable parameters, as torch.optim's classes do.
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -91,7 +90,7 @@ def predict_step(
         target = torch.device("cpu")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copier = Copier(mode, target)
-    with rng_untouched(), _quiet(), mode:
+    with rng_untouched(), quiet(), mode:
         try:
             fake = copier.copy(model)
             if stand_in:
@@ -294,18 +293,6 @@ def _explain(error: Exception, model: nn.Module) -> str:
     place = f" in {where}" if where else ""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"The step of {type(model).__name__} can't be simulated: {type(error).__name__}{place}: {reason}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging a traceback for an error that is raised, and explained, anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
 
 
 @contextlib.contextmanager

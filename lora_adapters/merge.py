@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from . import batch_norm
 from .backends import backend_for
 from .errors import MergeError
 from .layers.engine import EngineLayer
@@ -76,6 +78,24 @@ def unmerge(layers: Iterable[LoraLayer]) -> None:
             layer.unmerge()
 
 
+@contextmanager
+def _own_base_layers_renamed(model: nn.Module) -> Iterator[None]:
+    """Rename children of the model's own that are called `base_layer`: PEFT unloads any module that has one (timm's dla)."""
+    owners = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, LoraLayer)]
+
+    def rename(old: str, new: str) -> None:
+        for owner in owners:
+            children = {new if name == old else name: child for name, child in owner._modules.items()}
+            owner._modules.clear()
+            owner._modules.update(children)
+
+    rename("base_layer", "own_base_layer")
+    try:
+        yield
+    finally:
+        rename("own_base_layer", "base_layer")
+
+
 def unload(peft_model: PeftModel) -> nn.Module:
     """Replace every adapter layer by its (merged) base module, wherever it is registered, and return the plain model."""
     base = peft_model.get_base_model()
@@ -85,7 +105,8 @@ def unload(peft_model: PeftModel) -> nn.Module:
     tie = getattr(config, "tie_word_embeddings", None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied).*")
-        model = peft_model.merge_and_unload(progressbar=False)  # type: ignore[operator]
+        with _own_base_layers_renamed(base):
+            model = peft_model.merge_and_unload(progressbar=False)  # type: ignore[operator]
     for layer in layers:
         if len(spots := places[id(layer)]) > 1:
             put(spots, layer.get_base_layer())  # PEFT takes it out of the first place only
@@ -95,4 +116,5 @@ def unload(peft_model: PeftModel) -> nn.Module:
     unloaded = getattr(backend_for(model)[0], "unloaded", None)
     if unloaded is not None:
         unloaded(model)
+    batch_norm.release(model)
     return model

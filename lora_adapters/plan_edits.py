@@ -50,6 +50,10 @@ def edited(plan: AttachPlan) -> AttachPlan:
 
 
 def _edit_layer(layer: PlannedLayer, what: str, value: Any, request: AttachRequest) -> PlannedLayer:
+    if layer.parts and what in ("rank", "alpha"):
+        raise PluginError(
+            f"A plugin edits the {what} of {layer.name!r}, which is adapted in parts: only `skip` goes there."
+        )
     rank = check_rank(value, f"rank of {layer.name}") if what == "rank" else layer.rank
     alpha = check_alpha(value, f"alpha of {layer.name}") if what == "alpha" else layer.alpha
     if what == "rank" and request.alpha is None and layer.alpha == layer.rank:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import batch_norm
 from .attach_plan import AttachPlan, PlannedLayer, SkippedLayer, adapter_parameters
 from .backends import backend_for, base_of, classify, foreign_tuner, unwrap
 from .errors import NoTargetError, RequestError, UnsupportedError
 from .hooks.manager import plugins
 from .hooks.specs import LayerSpec
-from .layers import BUILTIN_LAYERS
+from .layers import BUILTIN_LAYERS, EFFECTIVE_LAYERS
+from .layers.probe import multiplies_its_input
+from .layers.routes import runs_own_forward
 from .plan_edits import edited
-from .quantized import assign_quantizers
+from .projection_parts import check_rows, row_count, smaller
+from .quantized import assign_quantizers, leave_read_dense
 from .request import ENGINE_FIELDS, AttachRequest, check_alpha, check_rank
 from .selection import Choice, select
 from .sharing import held_twice, other_names, tied_names
 from .targets import Classification, ModelInfo, candidates
-from .trained import count_trained, inside, refuse_shared, task_type_without_head, trained_names
+from .trained import count_trained, inside, modules_meant, refuse_shared, task_type_without_head, trained_names
+from .weights.conv4bit import Conv4bit
+from .weights.dense import is_transposed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,9 +53,10 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
     whole = trained_names(base, trained)
     refuse_shared(whole, base)
     wanted = request.peft_fields.get("task_type") or backend.task_type(base)
+    norms, norm_notes = _norms(base, whole, request)
     task_type, task_notes = task_type_without_head(base, whole, wanted, request)
     chosen = select(request, [n for n in info.modules if not inside(n, whole)], classes, shared.other_names)
-    quantize, quantizers = assign_quantizers(info, classes, request, whole, backend, shared.tied)
+    quantizers = assign_quantizers(info, classes, request, whole, backend, shared.tied)
     layers, skipped, specs = [], [], _LayerSpecs()
     for name, module in info.modules.items():
         role = classes.roles.get(name, "other")
@@ -61,22 +68,61 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
             skipped.append(SkippedLayer(name, role, reason))
     if not layers:
         raise NoTargetError(f"None of the {len(chosen)} chosen layers can be adapted: {skipped[0].reason}.")
+    dense_notes = leave_read_dense(quantizers, classes, {layer.name for layer in layers})
     plan = AttachPlan(
         backend=backend.name,
         family=info.family,
         request=request,
         layers=tuple(layers),
         skipped=tuple(skipped),
-        quantize={name: quantizers[name].name for name in quantize},
+        quantize={name: quantizer.name for name, quantizer in quantizers.items()},
         trained=trained,
         task_type=task_type,
         total_parameters=sum(_numel(p) for p in _plain_parameters(base)),
-        trained_parameters=count_trained(base, whole, request, layers),
-        notes=(*notes, *classes.notes, *task_notes, *shared.notes(base, layers, request)),
+        trained_parameters=count_trained(
+            base, (*whole, *norms) if request.norm == "affine" else whole, request, layers
+        ),
+        notes=(
+            *notes,
+            *classes.notes,
+            *task_notes,
+            *dense_notes,
+            *_reading_notes(layers),
+            *shared.notes(base, layers, request),
+            *_rank_notes(layers, chosen),
+            *norm_notes,
+        ),
+        norms=norms,
         _model=base,
         _quantizers=quantizers,
     )
     return edited(plan)
+
+
+def _norms(base: nn.Module, whole: tuple[str, ...], request: AttachRequest) -> tuple[tuple[str, ...], Iterator[str]]:
+    """Return the BatchNorms that get copies of their own for the adapter, and notes about BatchNorm."""
+    names = tuple(name for name in batch_norm.batch_norms(base) if not inside(name, whole))
+    if request.norm != "eval":
+        meant = {found: module for name in names for found, module in modules_meant(base, name).items()}
+        batch_norm.check_separable(base, names, meant)
+    return names if request.norm != "eval" else (), filter(None, [batch_norm.note(request.norm, len(names))])
+
+
+def _rank_notes(layers: list[PlannedLayer], chosen: Mapping[str, Choice]) -> Iterator[str]:
+    """Yield what became of the ranks that were asked for."""
+    if smaller := [layer.name for layer in layers if layer.rank < chosen[layer.name].rank]:
+        yield (
+            f"{len(smaller)} layers got a smaller rank than asked for (first {smaller[0]!r}), so that no adapter is larger "
+            "than its layer. Their scale is the one asked for."
+        )
+    if divided := [layer for layer in layers if layer.parts]:
+        zeros = sum(
+            layer.shape[0] * layer.rank - sum(p.rank * row_count(p.rows) for p in layer.parts) for layer in divided
+        )
+        yield (
+            f"{len(divided)} layers are adapted in parts, each with ranks of its own: lora_B is zero in all other rows and "
+            f"stays so. {zeros:,} of the trainable values are such zeros."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +135,7 @@ class _Shared:
     @classmethod
     def of(cls, model: nn.Module) -> _Shared:
         """Look a model through. Names are those without adapters."""
-        tied = {name.removesuffix(".base_layer"): reason for name, reason in tied_names(model).items()}
+        tied = {_without_adapter(model, name): reason for name, reason in tied_names(model).items()}
         return cls(other_names(model), tied)
 
     def notes(self, model: nn.Module, layers: list[PlannedLayer], request: AttachRequest) -> Iterator[str]:
@@ -107,6 +153,13 @@ class _Shared:
             )
         if self.tied and request.quantization is not None:
             yield f"{len(self.tied)} modules share their weight with another one and stay as they are, dense."
+
+
+def _without_adapter(model: nn.Module, name: str) -> str:
+    """Return the name that a module has without adapters. (A model may call a module of its own `base_layer`.)"""
+    owner, _, last = name.rpartition(".")
+    wrapped = last == "base_layer" and hasattr(model.get_submodule(owner), "get_base_layer")
+    return owner if wrapped else name
 
 
 class _LayerSpecs:
@@ -175,8 +228,20 @@ def _plan_layer(
     spec = specs.of(base if quantizer is None else quantizer.quantize(_meta_like(base), torch.float32))
     if store is None or spec is None:
         return refuse(f"no adapter layer for class {type(base).__module__}.{type(base).__qualname__}")
+    layer, reads = spec.layer, classes.reads.get(name, "")
+    if reads or (runs_own_forward(base) and (store.format == "dense" or isinstance(base, Conv4bit))):
+        layer = EFFECTIVE_LAYERS.get(spec.layer, "")
+        if reason := _why_not_effective(module, reads, layer, request):
+            return refuse(reason)
     shape = tuple(store.shape)
-    if min(shape[0], math.prod(shape[1:])) < choice.rank:
+    if special := choice.parts and _not_in_parts(request):
+        return refuse(f"in parts it can't have {special}: ask for the whole layer, or leave that out")
+    if classes.bounded and not choice.named:
+        choice = bounded(choice, shape, request)
+        if choice.rank < 1:
+            return refuse(f"an adapter of rank 1 would be larger than the layer itself, {' x '.join(map(str, shape))}")
+    check_rows(name, choice.parts, shape)
+    if not choice.parts and min(shape[0], math.prod(shape[1:])) < choice.rank:
         raise RequestError(
             f"rank {choice.rank} is larger than layer {name!r} with weight {shape}: its rank is at most "
             f"{min(shape[0], math.prod(shape[1:]))}. Ask for a smaller rank, or give this layer its own: "
@@ -195,9 +260,70 @@ def _plan_layer(
         format=store.format if quantizer is None else quantizer.name,
         weight_bytes=store.nbytes if quantizer is None else quantizer.nbytes(store.shape),
         parameters=adapter_parameters(spec.kind, shape, choice.rank, bool(request.peft_fields.get("lora_bias"))),
-        layer=spec.layer,
+        layer=layer,
         engine="peft" if _special_fields(request) else "direct",
+        read_by=reads,
+        parts=choice.parts,
     )
+
+
+def _reading_notes(layers: list[PlannedLayer]) -> list[str]:
+    read = [layer for layer in layers if layer.read_by]
+    if not read:
+        return []
+    return [
+        f"{read[0].read_by} reads the weight of {read[0].name!r} without calling it ({len(read)} such layers): it gets "
+        "the weight with the adapter in it. Stock PEFT's adapter would do nothing there."
+    ]
+
+
+def _why_not_effective(module: nn.Module, reads: str, layer: str, request: AttachRequest) -> str:
+    """Return "" or why a layer whose weight others read, or whose class has a forward of its own, can't be adapted."""
+    base = base_of(module)
+    name = type(base).__name__
+    what = f"{reads} reads its weight without calling it" if reads else f"{name} has a forward of its own"
+    if not layer or is_transposed(base):
+        return f"{what}, and there is no adapter layer for {name} that such code would notice"
+    if module is not base and not getattr(module, "effective", False):
+        return f"{what}, which the PEFT layer around it doesn't know: detach that adapter first"
+    if fields := _special_fields(request):
+        return f"{what}, which PEFT's own injection, needed for {fields[0]}, doesn't know"
+    if request.peft_fields.get("lora_bias"):
+        return f"{what}, and would not notice the bias of lora_B (lora_bias=True)"
+    if request.dropout and runs_own_forward(base) and not multiplies_its_input(base):
+        return (
+            f"{name} computes with its weight before it multiplies the input, so inputs of the adapter can't be dropped "
+            "there: use dropout=0.0, or leave the layer out (exclude=[...])"
+        )
+    return ""
+
+
+def bounded(choice: Choice, shape: tuple[int, ...], request: AttachRequest) -> Choice:
+    """Return the choice with no larger rank than makes A and B as large as the weight, at the scale that was asked for.
+
+    r (out + in) <= out * in, with in = in / groups * prod(kernel) for a convolution; parts count their own rows. A rank of
+    0 says that no rank is small enough.
+    """
+    width = math.prod(shape[1:])
+    parts = smaller(choice.parts, width, _largest_rank)
+    rank = sum(part.rank for part in parts) if choice.parts else min(choice.rank, _largest_rank(shape[0], width))
+    if rank in (0, choice.rank):
+        return replace(choice, rank=rank, parts=parts)
+    share = rank / choice.rank
+    alpha = choice.alpha * (math.sqrt(share) if request.rslora else share)
+    # An alpha that was equal to the rank stays so, and a whole number.
+    return replace(choice, rank=rank, alpha=rank if alpha == rank else alpha, parts=parts)
+
+
+def _largest_rank(out: int, width: int) -> int:
+    return out * width // (out + width)
+
+
+def _not_in_parts(request: AttachRequest) -> str:
+    """Return what was asked that a layer adapted in parts can't have, "" if nothing."""
+    special = _special_fields(request)
+    special += [name for name in ("lora_bias",) if request.peft_fields.get(name)]
+    return " or ".join(f"{name}={request.peft_fields[name]!r}" for name in special)
 
 
 def _meta_like(module: nn.Module) -> nn.Module:

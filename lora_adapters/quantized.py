@@ -1,16 +1,17 @@
-"""Which base modules are quantized, and by which quantizer."""
+"""Which base modules are quantized, and by which quantizer; which must be dense because other code reads them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .backends import backend_for, base_of, classify, unwrap
-from .errors import RequestError, UnsupportedError
+from .errors import LoraAdaptersWarning, RequestError, UnsupportedError
 from .hooks.manager import plugins
 from .request import AttachRequest
-from .sharing import tied_names
+from .sharing import places_of, put, tied_names
 from .targets import Backend, Classification, ModelInfo, candidates, expand
 from .trained import inside, trained_names
 
@@ -30,11 +31,11 @@ def assign_quantizers(
     trained: tuple[str, ...],
     backend: Backend,
     tied: Mapping[str, str],
-) -> tuple[dict[str, str], dict[str, Quantizer]]:
-    """Return module name -> role and module name -> Quantizer of every base module to quantize."""
+) -> dict[str, Quantizer]:
+    """Return module name -> Quantizer of every base module to quantize."""
     wanted = request.quantization
     if wanted is None:
-        return {}, {}
+        return {}
     from .weights import quantized_format
 
     existing = quantized_format(info.model)
@@ -42,13 +43,13 @@ def assign_quantizers(
     by_role = _roles_to_quantize(wanted, getattr(backend, "quantized_roles", QUANTIZED_ROLES), specs)
     if existing:
         if all(q.name == existing for q in by_role.values()):
-            return {}, {}
+            return {}
         raise RequestError(
             f"The model is already quantized to {existing}, and quantization={wanted!r} asks for another format. "
             "Leave quantization out to keep it, or load the model again."
         )
     dense = getattr(backend, "dense_modules", lambda model: ())(info.model)
-    roles, quantizers = {}, {}
+    quantizers: dict[str, Quantizer] = {}
     for name, module in info.modules.items():
         role = classes.roles.get(name, "other")
         quantizer = by_role.get(role)
@@ -60,10 +61,49 @@ def assign_quantizers(
             raise RequestError(
                 f"{name!r} already carries an adapter, so its base can't be quantized any more: quantize first."
             )
-        roles[name], quantizers[name] = role, quantizer
-    if not roles:
+        quantizers[name] = quantizer
+    if not quantizers:
         raise UnsupportedError(f"quantization={wanted!r} can store none of this model's layers.")
-    return roles, quantizers
+    return quantizers
+
+
+def leave_read_dense(quantizers: dict[str, Quantizer], classes: Classification, adapted: set[str]) -> list[str]:
+    """Take the modules whose weight is read without a call, and that no adapter unpacks, out of `quantizers`.
+
+    Returns:
+        Notes that say so.
+    """
+    left = [name for name in quantizers if name in classes.reads and name not in adapted]
+    for name in left:
+        del quantizers[name]
+    if not left:
+        return []
+    return [
+        f"{len(left)} modules stay dense (first {left[0]!r}): {classes.reads[left[0]]} reads the weight without calling "
+        "the module, and would read packed bytes, since no adapter of this plan unpacks it."
+    ]
+
+
+def unpack_read(model: nn.Module, names: Iterable[str]) -> None:
+    """Make quantized modules dense, with the dequantized weights, and say so.
+
+    Args:
+        model: the model.
+        names: modules whose weight other code reads. Those that carry an adapter stay: it unpacks them.
+    """
+    from .weights import store_for
+
+    places = places_of(model)
+    packed = [(module, store_for(module)) for module in map(model.get_submodule, names) if base_of(module) is module]
+    packed = [(module, store) for module, store in packed if store is not None and store.format != "dense"]
+    for module, store in packed:
+        put(places[id(module)], store.dense_module(store.read()))
+    if packed:
+        message = (
+            f"{len(packed)} quantized modules became dense: other code reads their weight without calling them, and "
+            "without an adapter it would read packed bytes. They take more memory now."
+        )
+        warnings.warn(message, LoraAdaptersWarning, stacklevel=3)
 
 
 def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
@@ -74,7 +114,8 @@ def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
     request = AttachRequest.make(quantization=quantization)
     trained = trained_names(base, backend.heads_to_train(base))
     classes = classify(backend, info, request)
-    _, quantizers = assign_quantizers(info, classes, request, trained, backend, tied_names(base))
+    quantizers = assign_quantizers(info, classes, request, trained, backend, tied_names(base))
+    leave_read_dense(quantizers, classes, set())
     return {name: quantizer.name for name, quantizer in quantizers.items()}
 
 

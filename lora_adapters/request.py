@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
+
+if TYPE_CHECKING:
+    from .targets import Part
 
 #: PEFT's names for what `attach` calls otherwise.
 PEFT_NAMES: Mapping[str, str] = {
@@ -64,7 +67,9 @@ class AttachRequest:
         dtype: dtype of the adapter's parameters; None means float32 (float64 on a float64 base).
         fused: "auto", fast forwards wherever they are exact, or False, PEFT's forward everywhere.
         liger: True, "auto" (where they can be had) or False: Liger's kernels in the base.
+        norm: "eval", "train" or "affine": what becomes of BatchNorm's running statistics; see `lora_adapters.attach`.
         exact: full module name -> (rank, alpha), instead of targets: what a checkpoint says.
+        exact_parts: full module name -> the parts of a fused projection that its ranks in `exact` are for.
         peft_fields: LoraConfig fields given by their own names.
     """
 
@@ -82,7 +87,9 @@ class AttachRequest:
     dtype: Any = None
     fused: Any = "auto"
     liger: Any = False
+    norm: Any = "eval"
     exact: Mapping[str, tuple[int, float]] | None = None
+    exact_parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -192,6 +199,13 @@ def check_liger(value: Any) -> Any:
     return value
 
 
+def check_norm(value: Any) -> Any:
+    """Return "eval", "train" or "affine", else raise RequestError."""
+    if value not in ("eval", "train", "affine"):
+        raise RequestError(f"norm must be 'eval', 'train' or 'affine', got {value!r}.")
+    return value
+
+
 def check_pattern(pattern: str) -> re.Pattern[str]:
     """Compile a user's regular expression, else raise RequestError."""
     try:
@@ -218,6 +232,7 @@ def _normalise(values: dict[str, Any]) -> dict[str, Any]:
             raise RequestError(f"dropout must be in [0, 1), got {dropout!r}.")
     check_fused(values.get("fused", "auto"))
     check_liger(values.get("liger", False))
+    check_norm(values.get("norm", "eval"))
     name = values.get("adapter_name", "default")
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name.startswith("lora_"):
         raise RequestError(

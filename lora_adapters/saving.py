@@ -13,9 +13,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from . import inject
+from . import batch_norm, inject
 from .adapter_file import (
     HELD_TWICE_ENTRY,
+    NORM_ENTRY,
+    PARTS_ENTRY,
     PREFIX,
     AdapterFile,
     check_copies,
@@ -30,11 +32,13 @@ from .base_kernels import with_kernels
 from .checkpoint import resolve_adapter_path, write_adapter
 from .errors import CheckpointError, UnsupportedError
 from .layers.conv import SharedConv1d, SharedConv2d
+from .layers.part_factors import mask_of
 from .planning import make_plan
+from .projection_parts import from_metadata, to_metadata
 from .request import AttachRequest
 from .sharing import held_twice
 from .snapshot import Changes
-from .targets import Kernels, candidates
+from .targets import Kernels, Part, candidates
 from .trained import modules_meant
 from .weights import store_for
 
@@ -42,8 +46,9 @@ from .weights import store_for
 _CARRIED = ("use_rslora", "use_dora", "lora_bias", "bias", "task_type", "fan_in_fan_out", "init_lora_weights")
 
 
-def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mapping[str, Any]) -> Path:
-    """Write one adapter as a PEFT checkpoint folder, as one act. Returns the folder."""
+def save_adapter(peft_model: PeftModel, plan: AttachPlan, folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Write the plan's adapter as a PEFT checkpoint folder, as one act. Returns the folder."""
+    name = plan.request.adapter_name
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     base = peft_model.get_base_model()
     described = {"lora_adapters.base_class": type(base).__name__, **{k: str(v) for k, v in metadata.items()}}
@@ -59,6 +64,16 @@ def save_adapter(peft_model: PeftModel, name: str, folder: Path, metadata: Mappi
             f"{twice[0]!r} is one module in several places, and stock PEFT adapts it in the first place only: restore "
             f"{folder} with lora_adapters.restore, or merge the adapter before sharing the model."
         )
+    if read := [n for n in _layer_names(base, name) if getattr(base.get_submodule(n), "effective", False)]:
+        inject.warn(
+            f"The weight of {read[0]!r} is read by other code, or by a forward of its class's own ({len(read)} such "
+            f"layers). Stock PEFT's layers don't notice that and may compute something else, or nothing: restore {folder} "
+            "with lora_adapters.restore, or merge the adapter before sharing the model."
+        )
+    if parts := {layer.name: layer.parts for layer in plan.layers if layer.parts}:
+        described[PARTS_ENTRY] = to_metadata(parts)
+    if batch_norm.batch_norms(base):
+        described[NORM_ENTRY] = plan.request.norm
     config: Any = copy.copy(peft_model.peft_config[name])
     config.base_model_name_or_path = config.base_model_name_or_path or _name_of(base)
     if config.task_type is None:
@@ -88,6 +103,7 @@ def restore_adapter(
     plan = checked_plan(base, file, name)
     plan = replace(plan, request=replace(plan.request, **ways))
     tensors = read_adapter(file)
+    _check_parts(plan, tensors)
     check_copies(file, tensors, {module: _dense(base, module) for module in file.copies.values()})
     values = {key: tensor for key, tensor in tensors.items() if key not in file.copies}
     with with_kernels(base, plan) as (plan, kernels):
@@ -138,6 +154,38 @@ def _dense(base: nn.Module, module: str) -> torch.Tensor:
     return store.read()
 
 
+def _check_parts(plan: AttachPlan, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise if lora_B of a layer adapted in parts changes rows of other parts: a mask would drop what it does there."""
+    for layer in (layer for layer in plan.layers if layer.parts):
+        b = tensors[f"{PREFIX}{layer.name}.lora_B.weight"].flatten(1)
+        if torch.count_nonzero(b[~mask_of(layer.parts, b.shape[0], b.device)]):
+            raise CheckpointError(
+                f"lora_B of {layer.name!r} changes rows that by the file's own entry it does not adapt. The file is "
+                "damaged: copy or download it again."
+            )
+
+
+def _parts(file: AdapterFile) -> dict[str, tuple[Part, ...]]:
+    entry = file.metadata.get(PARTS_ENTRY)
+    if entry is None:
+        return {}
+    return from_metadata(entry, {n: (m.rank, m.shapes["b"][0]) for n, m in file.modules.items()})
+
+
+def _norm(base: nn.Module, file: AdapterFile, saved: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return the mode of BatchNorm that a file was trained in, and the modules it saves whole beside BatchNorm.
+
+    A file that does not say, as stock PEFT's, holds BatchNorms like any other module that is trained whole.
+    """
+    mode = file.metadata.get(NORM_ENTRY, "eval")
+    if mode == "eval":
+        return mode, saved
+    if mode not in ("train", "affine"):
+        raise CheckpointError(f"The file says norm={mode[:40]!r}, which is no mode of BatchNorm. Get the file again.")
+    norms = batch_norm.batch_norms(base)
+    return mode, tuple(name for name in saved if not set(modules_meant(base, name)) <= set(norms))
+
+
 def _plan(base: nn.Module, file: AdapterFile, name: str) -> AttachPlan:
     known = candidates(base)
     strange = [module for module in file.modules if module not in known]
@@ -156,11 +204,14 @@ def _plan(base: nn.Module, file: AdapterFile, name: str) -> AttachPlan:
     fields = {key: value for key in _CARRIED if (value := file.config.get(key)) is not None}
     if fields.get("init_lora_weights") in ("gaussian", "orthogonal", "eva", False):
         fields["init_lora_weights"] = True
+    norm, saved = _norm(base, file, _saved_modules(base, file.config.get("modules_to_save") or ()))
     request = AttachRequest.make(
         exact=exact,
+        exact_parts=_parts(file),
+        norm=norm,
         adapter_name=name,
         dropout=file.config.get("lora_dropout", 0.0),
-        modules_to_save=_saved_modules(base, file.config.get("modules_to_save") or ()),
+        modules_to_save=saved,
         **fields,
     )
     return make_plan(base, request)
@@ -184,7 +235,7 @@ def expected_tensors(base: nn.Module, plan: AttachPlan) -> dict[str, tuple[int, 
         groups = getattr(base_of(base.get_submodule(layer.name)), "groups", 1) if layer.engine == "peft" else 1
         for suffix, shape in _layer_tensors(layer, fields, groups).items():
             expected[f"{PREFIX}{layer.name}.{suffix}"] = shape
-    for wanted in plan.trained:
+    for wanted in (*plan.trained, *plan.norms):
         for name, module in modules_meant(base, wanted).items():
             for key, tensor in module.state_dict().items():
                 expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
@@ -215,10 +266,9 @@ def _trained_biases(base: nn.Module, plan: AttachPlan) -> list[tuple[str, torch.
         return []
     adapted = {layer.name for layer in plan.layers}
     found = []
-    for name, module in base.named_modules():
-        bias = getattr(base_of(module), "bias", None)
-        inside = any(part in name for part in (".modules_to_save", ".original_module", ".base_layer", ".lora_"))
-        if not isinstance(bias, nn.Parameter) or inside:
+    for name in inject.plain_names(base):
+        bias = getattr(base_of(base.get_submodule(name)), "bias", None)
+        if not isinstance(bias, nn.Parameter):
             continue
         if name in adapted:
             found.append((f"{name}.base_layer.bias", bias))

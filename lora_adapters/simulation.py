@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import random
 import sys
 import weakref
@@ -216,3 +217,15 @@ def rng_untouched() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging a traceback for an error that is raised, and explained, anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled

@@ -25,6 +25,21 @@ Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the projections that a fused layer holds, adapted by ranks of its own.
+
+    Attributes:
+        role: "q", "k" or "v".
+        rank: how many of the layer's ranks are its own, after those of the parts before it.
+        rows: the rows of the layer's weight that these ranks change, as (first, end) ranges.
+    """
+
+    role: str
+    rank: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the matcher may look at: names, classes and shapes, never values.
 

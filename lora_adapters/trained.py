@@ -103,7 +103,10 @@ def count_trained(
     model: nn.Module, trained: tuple[str, ...], request: AttachRequest, layers: list[PlannedLayer]
 ) -> int:
     """Return the number of values that train beside the adapter: those modules, and biases."""
-    parameters = {id(p): p for name in trained for p in model.get_submodule(name).parameters()}
+    modules = (model.get_submodule(name) for name in trained)
+    # A module that an earlier adapter trains too is counted as the base has it: each adapter gets a copy of that.
+    plain = [getattr(module, "original_module", module) for module in modules]
+    parameters = {id(p): p for module in plain for p in module.parameters()}
     bias = request.peft_fields.get("bias", "none")
     if bias == "all":
         parameters |= {id(p): p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias")}

@@ -102,3 +102,10 @@ def test_models():
     for row in rows:
         assert_ratio(row["/ base"])
         assert_ratio(row["/ PEFT"])
+
+
+def test_image_weights():
+    rows = json.loads(run("image_weights.py", "--models", "resnet50", "vit_base_patch16_224", "--json").stdout)
+    resnet, vit = rows
+    assert resnet["NF4, ours, MB"] < 0.4 * resnet["NF4, linear only, MB"] == 0.4 * resnet["16 bits, MB"]
+    assert vit["NF4, ours, MB"] <= vit["NF4, linear only, MB"] < 0.3 * vit["16 bits, MB"]

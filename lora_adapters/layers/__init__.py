@@ -19,3 +19,12 @@ BUILTIN_LAYERS = (
     LayerSpec("torch.nn.modules.conv:Conv2d", f"{_HERE}.conv:Conv2d", "conv2d"),
     LayerSpec("torch.nn.modules.sparse:Embedding", f"{_HERE}.embedding:Embedding", "embedding"),
 )
+
+#: The layer that takes the place of one above where others read its weight, or its base class has a forward of its own.
+EFFECTIVE_LAYERS = {
+    f"{_HERE}.linear:Linear": f"{_HERE}.effective:Linear",
+    f"{_HERE}.conv:Conv1d": f"{_HERE}.effective:Conv1d",
+    f"{_HERE}.conv:Conv2d": f"{_HERE}.effective:Conv2d",
+    f"{_HERE}.bnb:Linear4bit": f"{_HERE}.effective_bnb:Linear4bit",
+    f"{_HERE}.bnb:Linear8bitLt": f"{_HERE}.effective_bnb:Linear8bitLt",
+}

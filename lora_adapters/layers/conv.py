@@ -18,6 +18,7 @@ from torch import nn
 from .conv_parts import SharedConv1d, SharedConv2d
 from .engine import EngineLayer, Factors
 from .fused import FusedConv
+from .part_factors import effective_weight, masked
 
 
 def _with_weight(conv: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, **geometry: Any) -> nn.Module:
@@ -55,7 +56,7 @@ class _Conv(FusedConv, EngineLayer):
             groups=base.groups,
             padding_mode=base.padding_mode,
         )
-        self.lora_B[name] = _with_weight(
+        up = _with_weight(
             self.plain,
             factors.b,
             factors.bias,
@@ -64,10 +65,11 @@ class _Conv(FusedConv, EngineLayer):
             kernel_size=1,
             groups=base.groups,
         )
+        self.lora_B[name] = masked(up, factors.mask)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return scaling * B @ A with shape (out, in / groups, *kernel), in the adapter's dtype."""
-        a, b = self.factor_parameters(adapter)
+        a, b = (effective_weight(factor[adapter]) for factor in (self.lora_A, self.lora_B))
         delta = b.flatten(1) @ a.flatten(1) * self.scaling[adapter]
         return delta.view(b.shape[0], *a.shape[1:])
 

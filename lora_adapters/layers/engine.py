@@ -27,6 +27,7 @@ class Factors:
         dropout: probability.
         rslora: True if scaling is alpha / sqrt(rank).
         bias: lora_B's bias (out,), or None.
+        mask: bool (out, rank), where `b` may differ from zero (see `part_factors`), or None for everywhere.
     """
 
     a: torch.Tensor
@@ -37,6 +38,7 @@ class Factors:
     dropout: float = 0.0
     rslora: bool = False
     bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 # nn.Module comes first, as in PEFT's own classes: a stock layer can then be turned into ours by setting its __class__,
@@ -58,6 +60,17 @@ class EngineLayer(nn.Module, LoraLayer):
 
         def _set_factors(self, name: str, factors: Factors) -> None: ...
         def get_delta_weight(self, adapter: str) -> torch.Tensor: ...  # noqa: D102
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base module that this layer lacks: models ask a layer for its kernel_size."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Not yet there while a copy is being made; a name of PEFT's must not be found on another layer of its.
+            base = vars(self).get("_modules", {}).get("base_layer")
+            if base is None or name == "base_layer" or name.startswith(("lora_", "__")):
+                raise
+            return getattr(base, name)
 
     @classmethod
     def wrap(cls, base: nn.Module) -> EngineLayer:
@@ -86,9 +99,10 @@ class EngineLayer(nn.Module, LoraLayer):
         self._set_factors(name, factors)
 
     def factor_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return the parameters A and B of one adapter."""
-        a, b = (getattr(self, attribute)[name] for attribute in self.factor_names)
-        return (a if isinstance(a, nn.Parameter) else a.weight), (b if isinstance(b, nn.Parameter) else b.weight)
+        """Return the parameters A and B of one adapter: what is trained, of which a mask may leave only a part."""
+        factors = [getattr(self, attribute)[name] for attribute in self.factor_names]
+        a, b = (f if isinstance(f, nn.Parameter) else f._parameters["weight"] for f in factors)
+        return a, b
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base. The result is always checked to be finite, so `safe_merge` changes nothing.
@@ -131,8 +145,9 @@ class EngineLayer(nn.Module, LoraLayer):
         with torch.no_grad():
             # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
             wide = torch.promote_types(store.dtype, torch.float32)
-            merged: Any = store.dense_module(store.read(wide))
-            weight: torch.Tensor = merged.weight.data
+            weight = store.read(wide)
+            # A module of the store's own dtype: its bias takes part in 16-bit products as it is.
+            merged: Any = store.dense_module(weight.to(store.dtype))
             own_bias: Any = getattr(merged, "bias", None)
             bias = None if own_bias is None else own_bias.data
             for name in names:

@@ -17,10 +17,11 @@ from ..ops.embedding import lora_embedding
 from ..ops.frozen import Dense, FrozenWeight, Packed, Stored
 from ..ops.linear import Dtypes, Member
 from ..weights import primitives, store_for
-from ..weights.conv4bit import with_padding
+from ..weights.conv4bit import Conv4bit, with_padding
 from ..weights.dense import is_transposed
 from .conv_parts import SharedConv1d, SharedConv2d
 from .groups import SiblingGroup
+from .part_factors import MaskedConv1d, MaskedConv2d, MaskedLinear, effective_weight
 from .routes import PLAIN_TENSORS, Route, active, base_route, why_parent
 
 _transforms: Any = torch._C._functorch.get_dynamic_layer_stack_depth  # type: ignore[attr-defined]
@@ -43,7 +44,7 @@ class FusedForward(nn.Module):
 
     fused = True
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
-    plain_parts: Mapping[type[nn.Module], Any] = {nn.Linear: nn.Linear.forward}
+    plain_parts: Mapping[type[nn.Module], Any] = {cls: cls.forward for cls in (nn.Linear, MaskedLinear)}
 
     if TYPE_CHECKING:
 
@@ -102,8 +103,8 @@ class FusedForward(nn.Module):
         return probabilities if any(probabilities) else ()
 
     def factor_tensors(self: Any, names: list[str]) -> list[torch.Tensor]:
-        """Return A and B of every adapter, in order."""
-        return [part._parameters["weight"] for name in names for part in self.parts(name)[:2]]
+        """Return A and B of every adapter, in order, as they count."""
+        return [effective_weight(part) for name in names for part in self.parts(name)[:2]]
 
     def scalings(self: Any, names: list[str]) -> tuple[float, ...]:
         """Return each adapter's factor."""
@@ -166,9 +167,7 @@ class FusedLinear(FusedForward):
         auto, chosen = autocast_dtype(x.device.type), base_route(base)
         if chosen.reads == "4bit" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]:
             return None
-        read = (
-            None if auto is not None and x.dtype not in (torch.float32, auto) else frozen_linear(base, chosen, x, auto)
-        )
+        read = None if auto is not None and x.dtype not in (torch.float32, auto) else frozen_read(base, chosen, x, auto)
         if read is None:
             return None
         weight, compute, output = read
@@ -190,35 +189,69 @@ class FusedLinear(FusedForward):
         return linear_layers(x, (member,), (addend,), factors, Dtypes(low, low))[0]
 
 
-def frozen_linear(
+def frozen_read(
     base: Any, chosen: Route, x: torch.Tensor, auto: torch.dtype | None
 ) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | None:
-    """Return how to read a linear layer's weight, and the dtypes it computes in and returns for this input.
+    """Return how to read a layer's weight, and the dtypes it computes in and returns for this input.
 
     None if only the layer itself knows: it then runs, or says what does not fit.
     """
-    if chosen.reads == "dense":
-        weight = base._parameters["weight"]
-        if auto is None and x.dtype != weight.dtype:
-            return None
-        return Dense(weight, is_transposed(base)), auto or weight.dtype, auto or weight.dtype
-    if chosen.reads == "4bit":
-        if not base.compute_type_is_set:
-            base.set_compute_type(x)
-            base.compute_type_is_set = True
+    weight = frozen_weight(base, chosen.reads)
+    dtypes = None if weight is None else product_dtypes(base, chosen.reads, weight_dtype(base, chosen.reads), x, auto)
+    return None if weight is None or dtypes is None else (weight, *dtypes)
+
+
+def frozen_weight(base: Any, reads: str) -> FrozenWeight | None:
+    """Return a base module's weight as it is read ("dense", "4bit", "store"); None if it is not."""
+    if reads == "dense":
+        return Dense(base._parameters["weight"], is_transposed(base))
+    if reads == "4bit" and isinstance(base, Conv4bit):
+        tensors, nested = base.statistics, None
+        if base.nested:
+            nested = (tensors["nested_absmax"], tensors["nested_quant_map"], tensors["nested_offset"])
+        settings = (nested, base.blocksize, base.quant_type, base.dense_shape)
+        return Packed(base.weight, tensors["absmax"], tensors["quant_map"], *settings)
+    if reads == "4bit":
         packed, state = base._parameters["weight"], base._parameters["weight"].quant_state
         nested, shape = primitives.nested_of(state), torch.Size((base.out_features, base.in_features))
-        weight = Packed(packed.detach(), state.absmax, state.code, nested, state.blocksize, state.quant_type, shape)
-        return weight, base.compute_dtype or x.dtype, x.dtype
-    if chosen.reads == "store" and auto is None and (store := store_for(base)) is not None and store.dtype == x.dtype:
-        return Stored(store), x.dtype, x.dtype
-    return None
+        return Packed(packed.detach(), state.absmax, state.code, nested, state.blocksize, state.quant_type, shape)
+    store = store_for(base) if reads == "store" else None
+    return None if store is None else Stored(store)
+
+
+def weight_dtype(base: Any, reads: str) -> torch.dtype:
+    """Return the dtype that the weight has for those who multiply by it, whatever it is stored in."""
+    if reads == "dense":
+        return base._parameters["weight"].dtype
+    if reads == "4bit":
+        return base.compute_dtype or base._parameters["weight"].quant_state.dtype
+    store = store_for(base)
+    return torch.get_default_dtype() if store is None else store.dtype
+
+
+def product_dtypes(
+    base: Any, reads: str, own: torch.dtype, x: torch.Tensor, auto: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """Return the dtypes that a product of x and the weight, whose own dtype is `own`, is computed and returned in.
+
+    None if they don't fit.
+    """
+    if reads == "dense":
+        return None if auto is None and x.dtype != own else (auto or own, auto or own)
+    if reads == "4bit":
+        if not isinstance(base, Conv4bit) and not base.compute_type_is_set:
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        return base.compute_dtype or x.dtype, x.dtype
+    return (own, own) if reads == "store" and auto is None and own == x.dtype else None
 
 
 class FusedConv(FusedForward):
     """1-d and 2-d convolutions, dense or in any format."""
 
-    plain_parts = {cls: cls.forward for cls in (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d)}
+    plain_parts = {
+        cls: cls.forward for cls in (nn.Conv1d, nn.Conv2d, SharedConv1d, SharedConv2d, MaskedConv1d, MaskedConv2d)
+    }
 
     def why_not_exact(self: Any, names: list[str]) -> str:
         """Return what in the adapters' own geometry `ops.conv` does not know."""
@@ -246,7 +279,7 @@ class FusedConv(FusedForward):
         shared = isinstance(a, SharedConv1d | SharedConv2d) or a.groups == b.groups == 1
         same = all(getattr(a, f) == getattr(plain, f) for f in ("stride", "padding", "dilation", "padding_mode"))
         chosen, bias = base_route(base), self._own_bias(names)
-        read = _frozen_conv(base, chosen, x, auto) if same else None
+        read = frozen_read(base, chosen, x, auto) if same and chosen.reads != "store" else None
         padded, padding = with_padding(plain if same else a, x)
         if padded is not x and dropouts:
             return None  # PEFT drops before it pads
@@ -265,25 +298,6 @@ class FusedConv(FusedForward):
         kind["geometry"] = Geometry(tuple(base.stride), padding, tuple(base.dilation), base.groups)
         layer = Layer(weight, chosen.path == "merged" and shared and not dropouts, output=output, **kind)
         return lora_conv(padded, layer, addend, factors, Dtypes(compute, low))
-
-
-def _frozen_conv(
-    base: Any, chosen: Route, x: torch.Tensor, auto: torch.dtype | None
-) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | None:
-    """Return how to read a convolution's weight, and the dtypes it computes in and returns; None as for linear."""
-    if chosen.reads == "dense":
-        weight = base._parameters["weight"]
-        if auto is None and x.dtype != weight.dtype:
-            return None
-        return Dense(weight), auto or weight.dtype, auto or weight.dtype
-    if chosen.reads == "4bit":
-        tensors = base.statistics
-        nested = None
-        if base.nested:
-            nested = (tensors["nested_absmax"], tensors["nested_quant_map"], tensors["nested_offset"])
-        settings = (nested, base.blocksize, base.quant_type, base.dense_shape)
-        return Packed(base.weight, tensors["absmax"], tensors["quant_map"], *settings), base.compute_dtype, x.dtype
-    return None
 
 
 class FusedEmbedding(FusedForward):

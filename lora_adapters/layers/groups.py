@@ -95,7 +95,9 @@ class SiblingGroup:
 
 def _key(layer: Any, names: list[str], x: torch.Tensor) -> Any:
     """Return what a layer's result depends on besides x: whoever changes it in between gets a result of its own."""
-    tensors = [*layer.factor_tensors(names), layer._modules["base_layer"]._parameters["weight"]]
+    # The parameters themselves: a masked factor is a new tensor each time.
+    tensors = [part._parameters["weight"] for name in names for part in layer.parts(name)[:2]]
+    tensors += [layer._modules["base_layer"]._parameters["weight"]]
     state = (layer.training, torch.is_autocast_enabled(x.device.type), torch.is_grad_enabled())
     return state, tuple(names), layer.scalings(names), [(id(t), t._version) for t in tensors]
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from .engine import EngineLayer, Factors, bare_linear
 from .fused import FusedLinear
+from .part_factors import masked
 
 
 class LinearFactors(FusedLinear, EngineLayer):
@@ -19,7 +20,7 @@ class LinearFactors(FusedLinear, EngineLayer):
 
     def _set_factors(self, name: str, factors: Factors) -> None:
         self.lora_A._modules[name] = bare_linear(factors.a)
-        self.lora_B._modules[name] = bare_linear(factors.b, factors.bias)
+        self.lora_B._modules[name] = masked(bare_linear(factors.b, factors.bias), factors.mask)
 
 
 class Linear(LinearFactors, peft_layers.Linear):

@@ -5,6 +5,7 @@
 - "split": a dense weight. One product is added to the other inside the matrix product.
 - "beside": the base module runs as it is (its weight trains, it has hooks, its class has a forward of its own, INT8),
   and the low-rank product is added to its result.
+- "substituted": the base class's own forward runs on the effective weight (layers that `effective` makes).
 - "parent": PEFT's own forward, wherever a layer is not exactly that sum.
 """
 
@@ -39,6 +40,7 @@ _TRAINED = Route("beside", "the base weight is trained")
 _HOOKED = Route("beside", "the base layer has hooks or a forward put on it")
 _OWN_FORWARD = Route("beside", "the base layer's class has a forward of its own")
 _NOT_PLAIN = Route("beside", "the base weight is not a plain tensor")
+_SUBSTITUTED = Route("substituted", "the base layer's class has a forward of its own: it runs on the effective weight")
 _GATHERED = Route("beside", "rows are gathered, not multiplied")
 
 #: Tensor classes that are nothing but values in memory (or the simulation of that).
@@ -54,7 +56,7 @@ def active(layer: Any) -> list[str]:
 
 def route(layer: Any) -> Route:
     """Return the way a fused layer takes now. It follows the layer's state: hooks, adapters, flags."""
-    if not layer.fused:
+    if not layer.fused and not getattr(layer, "effective", False):
         return Route("parent", "fused=False")
     if layer.merged_adapters:
         return Route("parent", "merged: the base layer runs alone")
@@ -62,7 +64,9 @@ def route(layer: Any) -> Route:
         return Route("parent", "its adapters are disabled: the base layer runs alone")
     if not (names := active(layer)):
         return Route("parent", "no active adapter: the base layer runs alone")
-    reason = why_parent(layer, names)
+    if getattr(layer, "effective", False) and runs_own_forward(layer._modules["base_layer"]):
+        return _SUBSTITUTED
+    reason = why_parent(layer, names) if layer.fused else "fused=False"
     return Route("parent", reason) if reason else base_route(layer._modules["base_layer"])
 
 
@@ -141,6 +145,34 @@ def base_route(base: nn.Module) -> Route:
         return _MERGED if plain and _is_packed_plainly(base, weight) else _NOT_PLAIN
     store = store_for(base)
     return _OWN_FORWARD if store is None or isinstance(store, DenseStore) else _STORED
+
+
+def runs_own_forward(base: nn.Module) -> bool:
+    """Return True for a linear layer or convolution whose class does something else than torch's with a dense weight.
+
+    Also for the 4-bit form of such a convolution; not for transformers' Conv1D, which stores its weight transposed.
+    """
+    if isinstance(base, Conv4bit):
+        return _kind(type(base)) == "own"
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear" or not isinstance(
+        base, (nn.Linear, nn.Conv1d, nn.Conv2d)
+    ):
+        return False
+    return _kind(type(base)) in ("own", "") and _is_plainly_dense(base._parameters.get("weight"))
+
+
+def _is_plainly_dense(weight: Any) -> bool:
+    return weight is not None and type(weight) in PLAIN_TENSORS and weight.dtype in DENSE_DTYPES
+
+
+def weight_route(base: nn.Module) -> Route:
+    """Return the way that a base module's weight allows where others compute with it, whatever the module's forward."""
+    weight = base._parameters.get("weight")
+    if isinstance(base, Conv4bit):
+        return _MERGED
+    if any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(base).__mro__):
+        return _MERGED if _is_packed_plainly(base, weight) else _STORED
+    return _SPLIT if _is_plainly_dense(weight) else _STORED
 
 
 def _is_packed_plainly(base: Any, weight: Any) -> bool:

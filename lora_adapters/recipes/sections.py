@@ -61,6 +61,8 @@ class AdapterSection(Section):
     """Scale by alpha / sqrt(rank) (PEFT's `use_rslora`)."""
     fused: Literal["auto", False] = "auto"
     """"auto" computes each layer in the fastest way that is exact; false runs PEFT's own forward everywhere."""
+    norm: Literal["eval", "train", "affine"] = "eval"
+    """BatchNorm: "eval" keeps the base's statistics, "train" updates and saves them, "affine" trains its weights too."""
     liger: Literal["auto"] | bool = False
     """Liger's kernels for norms, gated MLPs, rotary embedding and loss: true, false or "auto" (where there are some)."""
 

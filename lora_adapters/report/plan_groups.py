@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .facts import AdaptedGroup, SkippedGroup
 
 if TYPE_CHECKING:
-    from ..attach_plan import AttachPlan
+    from ..attach_plan import AttachPlan, PlannedLayer
 
 
 def _general(name: str) -> str:
@@ -22,13 +22,19 @@ def adapted(plan: AttachPlan, run_by: Mapping[str, str]) -> list[AdaptedGroup]:
     groups: dict[tuple, AdaptedGroup] = {}
     for layer in plan.layers:
         by = run_by.get(layer.name) or ("PEFT's injection" if layer.engine == "peft" else "this package")
-        key = (layer.role, _general(layer.name), layer.shape, layer.rank, layer.scaling, layer.format, by)
+        key = (_role(layer), _general(layer.name), layer.shape, layer.rank, layer.scaling, layer.format, by)
         if key not in groups:
             shape = list(layer.shape)
-            groups[key] = AdaptedGroup(layer.role, key[1], 0, shape, layer.rank, layer.scaling, layer.format, 0, by)
+            groups[key] = AdaptedGroup(key[0], key[1], 0, shape, layer.rank, layer.scaling, layer.format, 0, by)
         groups[key].count += 1
         groups[key].base_bytes += layer.weight_bytes
     return list(groups.values())
+
+
+def _role(layer: PlannedLayer) -> str:
+    """Return a layer's role, with the parts that are adapted and their ranks: "qkv: q 8 + v 16"."""
+    parts = " + ".join(f"{part.role} {part.rank}" for part in layer.parts)
+    return f"{layer.role}: {parts}" if parts else layer.role
 
 
 def skipped(plan: AttachPlan) -> list[SkippedGroup]:

@@ -15,12 +15,13 @@ PATHS = {
     "merged": "merged",
     "split": "split",
     "beside": "beside",
+    "substituted": "substituted",
     "parent": "PEFT's forward",
     "stock": "left to PEFT",
 }
 
 
-_FAST = ("merged", "split", "beside")
+_FAST = ("merged", "split", "beside", "substituted")
 
 
 class ChosenRoute(Protocol):

@@ -12,7 +12,8 @@ from ..errors import RequestError
 from . import primitives
 from .bnb import bnb_store
 from .conv4bit import Conv1d4bit, Conv2d4bit
-from .dense import DenseStore, carry_settings, copy_bias, layer_kind, why_not_plain
+from .conv4bit_own import OwnForwardConv1d4bit, OwnForwardConv2d4bit
+from .dense import DenseStore, carry_settings, copy_bias, has_own_forward, layer_kind, why_not_plain
 from .store import WeightStore
 
 
@@ -48,7 +49,8 @@ class Bnb4bit:
 
     def supports(self, module: nn.Module) -> str:
         """Return "" or why this module can't be stored in 4 bits."""
-        if reason := why_not_plain(module, ("linear", "conv1d", "conv2d")):
+        convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
+        if reason := why_not_plain(module, ("linear", "conv1d", "conv2d"), own_forward=convolution):
             return reason
         dtype = DenseStore(module).dtype
         if dtype not in primitives.FLOATS:
@@ -63,7 +65,7 @@ class Bnb4bit:
         return primitives.nbytes(torch.Size(shape).numel(), self.blocksize, self.nested)
 
     def quantize(self, module: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
-        """Return a Linear4bit, Conv1d4bit or Conv2d4bit with this module's weight and a copy of its bias.
+        """Return a Linear4bit or a 4-bit convolution with this module's weight and a copy of its bias.
 
         Raises:
             RequestError: the module can't be quantized.
@@ -73,7 +75,11 @@ class Bnb4bit:
             raise RequestError(f"Can't quantize to {self.name}: {reason}.")
         compute_dtype = self.compute_dtype or compute_dtype
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            conv = Conv1d4bit if isinstance(module, nn.Conv1d) else Conv2d4bit
+            one = isinstance(module, nn.Conv1d)
+            if has_own_forward(module):
+                conv = OwnForwardConv1d4bit if one else OwnForwardConv2d4bit
+            else:
+                conv = Conv1d4bit if one else Conv2d4bit
             return conv.from_dense(module, self.quant_type, self.blocksize, self.nested, compute_dtype)
         return self._linear(module, compute_dtype)
 

@@ -27,16 +27,18 @@ class _FrozenConv(torch.autograd.Function):
     """y = conv(x, W) + bias for a packed, frozen W, which is unpacked once in forward and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: Conv4bit, padding: Any) -> torch.Tensor:
-        """x (batch, in, *size) -> y (batch, out, *size')."""
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: Conv4bit, geometry: tuple[Any, ...]
+    ) -> torch.Tensor:
+        """x (batch, in, *size) -> y (batch, out, *size'); geometry is stride, padding, dilation and groups."""
         # The packed tensors are saved so that autograd notices if someone writes to them before backward.
         names = list(layer.statistics)
         ctx.save_for_backward(layer.weight, *layer.statistics.values())
-        ctx.layer, ctx.names, ctx.padding, ctx.size = layer, names, padding, x.shape
+        ctx.layer, ctx.names, ctx.geometry, ctx.size = layer, names, geometry, x.shape
         weight = layer.dequantize(x.dtype)
         off = nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
         with off:
-            return _CONV[x.dim() - 2](x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
+            return _CONV[x.dim() - 2](x, weight, bias, *geometry)
 
     @staticmethod
     @once_differentiable
@@ -48,11 +50,17 @@ class _FrozenConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             state = layer.quant_state(dict(zip(ctx.names, statistics, strict=True)))
             weight = primitives.dequantize(packed, state, layer.dense_shape, dy.dtype)
-            grad = _CONV_INPUT[dy.dim() - 2]
-            dx = grad(ctx.size, weight, dy, layer.stride, ctx.padding, layer.dilation, layer.groups)
+            dx = _CONV_INPUT[dy.dim() - 2](ctx.size, weight, dy, *ctx.geometry)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum([0, *range(2, dy.dim())])
         return dx, dbias, None, None
+
+
+def frozen_conv(
+    x: torch.Tensor, bias: torch.Tensor | None, layer: Conv4bit, stride: Any, padding: Any, dilation: Any, groups: int
+) -> torch.Tensor:
+    """Return the convolution of x (batch, in, *size) with a layer's weight, in x's dtype and this geometry."""
+    return _FrozenConv.apply(x, bias, layer, (stride, padding, dilation, groups))  # type: ignore[return-value]
 
 
 def with_padding(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -181,8 +189,7 @@ class Conv4bit(nn.modules.conv._ConvNd):
         batched = x.dim() == self.weight_dims
         x, padding = with_padding(self, x if batched else x.unsqueeze(0))
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        output = _FrozenConv.apply(x, bias, self, padding)
-        assert isinstance(output, torch.Tensor)
+        output = frozen_conv(x, bias, self, self.stride, padding, self.dilation, self.groups)
         return (output if batched else output.squeeze(0)).to(input.dtype)
 
     @property
@@ -336,9 +343,12 @@ class Conv4bitStore:
         self._layer.quantize(weight)
 
     def dense_module(self, weight: torch.Tensor) -> nn.Module:
-        """Return an nn.Conv1d or nn.Conv2d with this weight, frozen, and a copy of the layer's bias in its dtype."""
+        """Return a module of the class that was quantized with this weight, frozen, and a copy of the bias in its dtype."""
         check_shape(weight, self.shape)
         layer = self._layer
+        own = getattr(layer, "dense_module", None)  # a class with a forward of its own
+        if own is not None:
+            return own(weight)
         base: Any = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
         settings: Any = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         new = base(*settings, layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta")

@@ -136,11 +136,12 @@ _PLAIN = {"linear": (nn.Linear, ("forward",)), "conv1d": (nn.Conv1d, ("forward",
 _PLAIN["conv2d"] = (nn.Conv2d, ("forward", "_conv_forward"))
 
 
-def why_not_plain(module: nn.Module, kinds: tuple[str, ...]) -> str:
+def why_not_plain(module: nn.Module, kinds: tuple[str, ...], own_forward: bool = False) -> str:
     """Return "" if a module of another class may take this module's place, else the reason why not.
 
     Meant for `Quantizer.supports`. Replacing is safe only if the layer does nothing but its framework's own operation
-    on a dense weight: what a subclass or an instance adds to `forward` would be lost.
+    on a dense weight: what a subclass or an instance adds to `forward` would be lost. `own_forward=True` is for a
+    quantizer whose module runs the class's own forward.
     """
     kind, name = layer_kind(module), type(module).__name__
     if kind is None or kind not in kinds:
@@ -149,11 +150,18 @@ def why_not_plain(module: nn.Module, kinds: tuple[str, ...]) -> str:
         return f"the weight of this {name} is not a plain dense parameter (quantized, sharded, lazy or computed)"
     if "forward" in vars(module):
         return "the layer's forward was replaced on the instance (an offload or compile hook)"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"{name} does something of its own when it is called, around its forward"
+    if any(tensor in vars(cls) for cls in type(module).__mro__ for tensor in ("weight", "bias")):
+        return f"the class {name} computes its weight or bias"
     if name == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention uses this layer's weight without calling the layer"
     if is_transposed(module):
         return "" if name == "Conv1D" else f"{name} may have a forward of its own"
-    base, methods = _PLAIN[kind]
-    if any(getattr(type(module), method, None) is not getattr(base, method, None) for method in methods):
-        return f"{name} has a forward of its own"
-    return ""
+    return "" if own_forward or not has_own_forward(module) else f"{name} has a forward of its own"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return True if the class of an nn.Linear, nn.Conv1d or nn.Conv2d computes in another way than torch's class."""
+    base, methods = _PLAIN[layer_kind(module) or ""]
+    return any(getattr(type(module), method, None) is not getattr(base, method, None) for method in methods)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_adapters.hooks.specs import TargetMap
 from lora_adapters.targets import Classification, ModelInfo
 
 from . import roles
+from .dense import dense_layers
+from .heads import classifiers
+from .inputs import images
 
 
 class TimmBackend:
@@ -34,13 +37,15 @@ class TimmBackend:
 
     def heads_to_train(self, model: nn.Module) -> tuple[str, ...]:
         """Return the model's classifiers, which are trained and saved whole."""
-        return roles.classifiers(model)
+        return classifiers(model)
 
     def example_inputs(self, model: nn.Module, batch_size: int, sequence_length: int, device: Any) -> dict[str, Any]:
-        """Return a batch of images of the size that the model was made for."""
-        config = getattr(model, "pretrained_cfg", None) or {}
-        size = config.get("input_size") or (3, 224, 224)
-        return {"x": torch.randn(batch_size, *size, device=device)}
+        """Return a batch of images of the size that the model was made for; see `inputs.image_shape`."""
+        return {"x": images(model, batch_size, device)}
+
+    def dense_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the layers that are not worth 4 bits; see `dense.dense_layers`."""
+        return tuple(rf"{re.escape(name)}$" for name in dense_layers(model))
 
     def can_load(self, name: str, revision: str | None = None) -> bool:
         """Return True if `name` is a model that timm registers."""

@@ -8,7 +8,7 @@ LORA_ADAPTERS_HOOK_API = 1
 
 @hookimpl
 def lora_adapters_backends():
-    """Serve every class that lives in timm."""
+    """Serve every class that lives in timm, and transformers' wrapper around them."""
     return [
         BackendSpec(
             name="timm",
@@ -16,8 +16,26 @@ def lora_adapters_backends():
             target="lora_adapters_timm.backend:TimmBackend",
             requires=("timm",),
             extra="timm",
-        )
+        ),
+        # Before the transformers backend, which takes all classes of transformers.
+        BackendSpec(
+            name="timm-wrapper",
+            module_prefixes=("transformers.models.timm_wrapper",),
+            target="lora_adapters_timm.wrapped:TimmWrapperBackend",
+            requires=("timm", "transformers"),
+            extra="timm",
+            priority=10,
+        ),
     ]
+
+
+@hookimpl
+def lora_adapters_saving(adapter, path, metadata):
+    """Keep which timm model it is for, and how that was made."""
+    if adapter.plan.backend == "timm":
+        from .facts import Facts
+
+        metadata.update(Facts.of(adapter.base).entries())
 
 
 @hookimpl

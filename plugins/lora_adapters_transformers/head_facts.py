@@ -24,7 +24,9 @@ _MAX_CHARACTERS, _MAX_NAME, _MAX_ID = 2**18, 1000, 2**31
 def to_save(model: nn.Module) -> dict[str, str]:
     """Return the metadata entry for a model; none for a model without a head of its own. What is too long is left out."""
     config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig) or not tasks.heads_to_train(model):
+    # A wrapped timm classifier has its head inside the wrapped model.
+    has_head = tasks.heads_to_train(model) or type(model).__name__ == "TimmWrapperForImageClassification"
+    if not isinstance(config, PretrainedConfig) or not has_head:
         return {}
     facts = {
         "problem_type": getattr(config, "problem_type", None),

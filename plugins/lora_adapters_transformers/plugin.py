@@ -31,7 +31,8 @@ def lora_adapters_target_maps():
 @hookimpl
 def lora_adapters_saving(adapter, path, metadata):
     """Keep what the outputs of a trained head mean, which PEFT's files don't say."""
-    if adapter.plan.backend == "transformers" and adapter.plan.trained:
+    # Another plugin's backend may serve a class of transformers; its config has the labels all the same.
+    if adapter.plan.trained and any(c.__module__.startswith("transformers.") for c in type(adapter.base).__mro__):
         from .head_facts import to_save
 
         metadata.update(to_save(adapter.base))

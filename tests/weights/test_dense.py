@@ -111,3 +111,25 @@ def test_layers_with_a_forward_of_their_own_must_not_be_replaced():
         assert reason in why_not_plain(module, ("linear",))
     assert why_not_plain(nn.Linear(2, 2), ("linear",)) == ""
     assert "kinds" in why_not_plain(nn.Conv2d(1, 1, 1), ("linear",))
+
+
+def test_layers_that_do_more_than_their_forward_must_not_be_replaced():
+    class Called(nn.Conv2d):
+        def __call__(self, *args):
+            return 2 * super().__call__(*args)
+
+    class Computed(nn.Conv2d):
+        weight = property(lambda self: 2 * self._parameters["weight"])
+
+        def __init__(self):
+            super().__init__(2, 2, 1, bias=False)
+
+        def __setattr__(self, name, value):
+            if name == "weight":
+                self._parameters[name] = value
+            else:
+                super().__setattr__(name, value)
+
+    for own_forward in (False, True):
+        assert "when it is called" in why_not_plain(Called(2, 2, 1), ("conv2d",), own_forward)
+        assert "computes its weight" in why_not_plain(Computed(), ("conv2d",), own_forward)

@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 
+from .. import building
+
 if TYPE_CHECKING:
     from ..recipes import ImageData, ImageModel
 
-_HUB = ("hf-hub:", "hf_hub:")
-
 
 def source_of(section: ImageModel) -> str:
-    """Return the name that timm.create_model takes, after checking that the model is there.
+    """Return the name that timm.create_model takes, after checking that the model, and its file of weights, are there.
 
     Raises:
-        RequestError: there is no such folder or file, or timm registers no such model; the message names the nearest.
+        RequestError: they are not; the message says what to give.
     """
     if section.checkpoint is not None and not Path(section.checkpoint).is_file():
         raise RequestError(f"model.checkpoint: there is no file {section.checkpoint!r}.")
-    name, path = section.name, Path(section.name).expanduser()
-    if name.startswith(_HUB):
-        return name if section.revision is None else f"{name}@{section.revision}"
-    if section.revision is not None:
-        raise RequestError("model.revision: only models of the Hub have revisions; name one as hf-hub:org/name.")
-    if path.is_dir() or path.is_absolute() or name.startswith((".", "~")):
-        if not (path / "config.json").is_file():
-            missing = "it holds no config.json" if path.is_dir() else "there is no such folder"
-            raise RequestError(
-                f"model.name: {name!r}: {missing}. Give a model of timm, hf-hub:org/name, or a folder with config.json and "
-                "weights."
-            )
-        return f"local-dir:{path}"
-    if not timm.is_model(name):
-        near = get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"model.name: timm has no model {name!r}, and it is no folder.{hint}")
-    return name
+    with _of_the_recipe():
+        return building.source_of(section.name, section.revision)
 
 
 def build(section: ImageModel, classes: int) -> nn.Module:
@@ -55,11 +39,7 @@ def build(section: ImageModel, classes: int) -> nn.Module:
     Raises:
         RequestError: an argument that the model does not take. LoraAdaptersError: the weights can't be had.
     """
-    options: dict[str, Any] = {"pretrained": section.pretrained}
-    if section.checkpoint is not None:
-        options["pretrained_cfg_overlay"] = {"file": section.checkpoint, "num_classes": -1}
-    model = _create(section, classes, options)
-    return model if section.dtype == "auto" else model.to(getattr(torch, section.dtype))
+    return _made(building.create, section, classes, pretrained=section.pretrained, checkpoint=section.checkpoint)
 
 
 def skeleton(section: ImageModel, image_size: int | None, classes: int) -> nn.Module:
@@ -75,12 +55,7 @@ def skeleton(section: ImageModel, image_size: int | None, classes: int) -> nn.Mo
             if "img_size" not in str(error):
                 raise
             del section.timm_kwargs["img_size"]  # it takes every size
-    try:
-        with torch.device("meta"):
-            model = _create(section, classes, {})
-    except (NotImplementedError, RuntimeError):  # models that look at values while they are made
-        model = _create(section, classes, {}).to("meta")
-    return model if section.dtype == "auto" else model.to(getattr(torch, section.dtype))
+    return _made(building.create_on_meta, section, classes)
 
 
 def data_config(model: nn.Module, section: ImageModel, data: ImageData) -> dict[str, Any]:
@@ -116,7 +91,7 @@ def check_takes(model: nn.Module, config: dict[str, Any]) -> None:
         except Exception as error:
             raise RequestError(
                 f"data.image_size: {type(model).__name__} does not take images of {size[1]} x {size[2]}: "
-                f"{_first_line(error)}"
+                f"{building.first_line(error)}"
             ) from error
 
 
@@ -139,26 +114,18 @@ def set_checkpointing(model: nn.Module) -> None:
         raise UnsupportedError(f"{type(model).__name__} has no gradient checkpointing: leave it out.") from error
 
 
-def _create(section: ImageModel, classes: int, options: dict[str, Any]) -> nn.Module:
-    options = {
-        "num_classes": classes,
-        "drop_rate": section.drop_rate,
-        "drop_path_rate": section.drop_path_rate,
-        **options,
-        **section.timm_kwargs,
-    }
+def _made(make: Callable[..., nn.Module], section: ImageModel, classes: int, **options: Any) -> nn.Module:
+    source_of(section)
+    options |= {"drop_rate": section.drop_rate, "drop_path_rate": section.drop_path_rate, "revision": section.revision}
+    dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
+    with _of_the_recipe():
+        return make(section.name, num_classes=classes, dtype=dtype, **{**options, **section.timm_kwargs})
+
+
+@contextmanager
+def _of_the_recipe() -> Iterator[None]:
+    """Say of an error which part of the recipe it is about."""
     try:
-        return timm.create_model(source_of(section), **options)
-    except TypeError as error:
-        raise RequestError(f"model: {section.name} does not take an argument of the recipe: {error}") from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        if not options.get("pretrained"):
-            raise
-        raise LoraAdaptersError(
-            f"model.name: the weights of {section.checkpoint or section.name} can't be had: {_first_line(error)} Give a "
-            "file as model.checkpoint, or model.pretrained=false for random weights."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        yield
+    except LoraAdaptersError as error:
+        raise type(error)(f"model: {error}") from error

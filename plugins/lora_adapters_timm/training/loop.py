@@ -80,7 +80,7 @@ class TrainingLoop:
         optimizer = make_optimizer(self.training, adapter.base)
         self.schedule = make_schedule(self.training, optimizer, self.total, self.per_epoch)
         self.optimizer: Any = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
-        self.ema = AdapterEma(adapter.model, self.training.ema) if self.training.ema else None
+        self.ema = AdapterEma(adapter.model, self.training.ema, warmup=True) if self.training.ema else None
         self.losses: list[float] = []
         self.steps = Steps(run, parts.device, Rates("images"))
 

@@ -104,7 +104,7 @@ def test_a_folder_of_timms_is_a_model(tmp_path):
         ({"name": "/no/such/folder"}, "there is no such folder"),
         ({"name": "/"}, "it holds no config.json"),
         ({"pretrained": True, "checkpoint": "no.pth"}, "model.checkpoint: there is no file"),
-        ({"revision": "main"}, "model.revision: only models of the Hub"),
+        ({"revision": "main"}, "model: Only models of the Hub"),
     ],
 )
 def test_what_is_not_there_is_refused(changes, message):
@@ -117,14 +117,14 @@ def test_names_of_the_hub_keep_their_revision():
 
 
 def test_arguments_that_the_model_does_not_take_are_refused():
-    with pytest.raises(RequestError, match=r"does not take an argument of the recipe.*no_such"):
+    with pytest.raises(RequestError, match=r"model: vit_tiny_patch16_224 does not take an argument.*no_such"):
         skeleton(section(timm_kwargs={"no_such": 3}), None, 2)
 
 
 def test_weights_that_cannot_be_had_say_what_to_do(tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     for changes in ({"checkpoint": str(tmp_path / "bad.pth")}, {}):
-        with pytest.raises(LoraAdaptersError, match=r"can't be had.*model\.pretrained=false") as caught:
+        with pytest.raises(LoraAdaptersError, match=r"can't be had.*pretrained=False") as caught:
             build(section(pretrained=True, **changes), 2)
         assert "\n" not in str(caught.value)
 

@@ -1,0 +1,101 @@
+"""Building a timm model from a name, a folder or a checkpoint file, with errors that say what to do."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from lora_adapters.errors import LoraAdaptersError, RequestError
+
+_HUB = ("hf-hub:", "hf_hub:")
+
+
+def source_of(name: str, revision: str | None = None) -> str:
+    """Return what timm.create_model takes for a name, after checking that the model is there.
+
+    Args:
+        name: a model of timm ("resnet50", "resnet50.a1_in1k"), "hf-hub:org/name", or a folder with config.json and weights.
+        revision: of a model of the Hub.
+
+    Raises:
+        RequestError: there is no such folder, or timm registers no such model; the message names the nearest.
+    """
+    path = Path(name).expanduser()
+    if name.startswith(_HUB):
+        return name if revision is None else f"{name}@{revision}"
+    if revision is not None:
+        raise RequestError("Only models of the Hub have revisions: name one as hf-hub:org/name.")
+    if path.is_dir() or path.is_absolute() or name.startswith((".", "~")):
+        if not (path / "config.json").is_file():
+            missing = "it holds no config.json" if path.is_dir() else "there is no such folder"
+            raise RequestError(
+                f"{name!r}: {missing}. Give a model of timm, hf-hub:org/name, or a folder with config.json and weights."
+            )
+        return f"local-dir:{path}"
+    if not timm.is_model(name):
+        near = get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RequestError(f"timm has no model {name!r}, and it is no folder.{hint}")
+    return name
+
+
+def create(
+    name: str,
+    *,
+    revision: str | None = None,
+    checkpoint: str | None = None,
+    pretrained: bool = False,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Return a model on the CPU, or on the device of a surrounding `with torch.device(...)`.
+
+    Args:
+        name, revision: see `source_of`.
+        checkpoint: a file with weights of this model, instead of those that timm knows for it; the classifier is new.
+        pretrained: load weights; False leaves them random, from PyTorch's generator as it is.
+        dtype: of the weights; None is the model's own.
+        **options: what timm.create_model and the model take, such as num_classes or img_size.
+
+    Raises:
+        RequestError: no such model or file, or an argument that the model does not take.
+        LoraAdaptersError: the weights can't be had.
+    """
+    source = source_of(name, revision)
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise RequestError(f"There is no file {checkpoint!r}.")
+        options["pretrained_cfg_overlay"] = {"file": checkpoint, "num_classes": -1}
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        model = timm.create_model(source, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise RequestError(f"{name} does not take an argument: {error}") from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if not pretrained:
+            raise
+        raise LoraAdaptersError(
+            f"The weights of {checkpoint or name} can't be had: {first_line(error)} Give a file (checkpoint=) or a folder "
+            "with them, or pretrained=False for random ones."
+        ) from error
+    return model if dtype is None else model.to(dtype)
+
+
+def create_on_meta(name: str, **options: Any) -> nn.Module:
+    """Return the model that `create` would, on the meta device; no weight is read. Raises as `create` does."""
+    options = {**options, "pretrained": False, "checkpoint": None}
+    try:
+        with torch.device("meta"):
+            return create(name, **options)
+    except (NotImplementedError, RuntimeError):  # models that look at values while they are made
+        return create(name, **options).to("meta")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, its class's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
