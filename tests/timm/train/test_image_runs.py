@@ -143,7 +143,9 @@ def test_the_average_is_what_is_measured_and_saved(run, digits):
     state = torch.load(slow / "checkpoints" / "checkpoint-4" / "training.pt", weights_only=True)
     kept = load_file(slow / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     assert torch.equal(kept[name], last[name]), "a checkpoint holds the values themselves"
-    assert any(torch.equal(one, average[name]) for one in state["ema"].values() if one.shape == average[name].shape)
+    assert any(
+        torch.equal(one, average[name]) for one in state["ema"]["averages"].values() if one.shape == average[name].shape
+    )
 
 
 def test_tensorboard(run):
