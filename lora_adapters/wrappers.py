@@ -36,6 +36,16 @@ def unnest(model: nn.Module) -> None:
             outer.set_adapter(outer.active_adapters, inference_mode=frozen)
 
 
+def within_trained(model: nn.Module, plan: AttachPlan) -> list[str]:
+    """Return what PEFT's rule of names would wrap inside a module that is trained whole: "head.head" for "head"."""
+    return [
+        f"{place}.{inner}"
+        for place, module in trained_whole(model, plan).items()
+        for inner, _ in getattr(module, "original_module", module).named_modules()  # type: ignore[union-attr]
+        if inner and inner.endswith((*plan.trained, *plan.norms))
+    ]
+
+
 def wrapped_originals(model: nn.Module) -> dict[str, nn.Module]:
     """Return name -> the base's own module, of everything that adapters train whole."""
     return {n: m.original_module for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}

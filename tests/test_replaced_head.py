@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 import lora_adapters as la
-from lora_adapters.errors import StateError
+from lora_adapters.errors import LoraAdaptersWarning, StateError
 
 
 class Classifier(nn.Module):
@@ -269,7 +269,8 @@ def test_a_head_within_a_head_is_trained_and_saved(tmp_path):
     assert not torch.equal(weight, old)
     one.model.eval()
     y = model(rows())
-    one.save(tmp_path)
+    with pytest.warns(LoraAdaptersWarning, match="'head.head' is inside a module that is trained whole"):
+        one.save(tmp_path)
     back = la.restore(doubled(), tmp_path)
     assert torch.equal(back.model(rows()), y)
     two = la.attach(model, rank=2, targets=["body"], modules_to_save=["head"], adapter_name="two")
