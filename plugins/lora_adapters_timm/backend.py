@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_adapters.errors import RequestError
 from lora_adapters.hooks.specs import TargetMap
 from lora_adapters.targets import Classification, ModelInfo
 
@@ -54,7 +55,9 @@ class TimmBackend:
         return timm.is_model(name)
 
     def load(self, name: str, **options: Any) -> nn.Module:
-        """Load a model by name."""
+        """Load a model by name. Raise RequestError if timm registers none of this name."""
         import timm
 
+        if not self.can_load(name):
+            raise RequestError(f"timm has no model {name!r}: timm.list_models() says which there are.")
         return timm.create_model(name)
