@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_adapters.errors import RequestError
 from lora_adapters.hooks.specs import TargetMap
 from lora_adapters.targets import Classification, ModelInfo
 
@@ -16,6 +17,9 @@ from . import roles
 from .dense import dense_layers
 from .heads import classifiers
 from .inputs import images
+
+if TYPE_CHECKING:
+    from lora_adapters.adapter_file import AdapterFile
 
 
 class TimmBackend:
@@ -48,16 +52,51 @@ class TimmBackend:
         """Return the layers that are not worth 4 bits; see `dense.dense_layers`."""
         return tuple(rf"{re.escape(name)}$" for name in dense_layers(model))
 
-    def can_load(self, name: str, revision: str | None = None) -> bool:
-        """Return True if `name` is a model that timm registers."""
-        import timm
+    # ---- loading by name, and merging a saved adapter (`lora_adapters.merged_checkpoint.MergingBackend`) --------------
 
-        return timm.is_model(name)
+    def can_load(self, name: str, revision: str | None = None) -> bool:
+        """Return True if timm registers `name`, or it is a folder or a Hub name with timm's config."""
+        from .loading import can_load
+
+        return can_load(name, revision=revision)
+
+    def skeleton(self, name: str, **options: Any) -> nn.Module:
+        """Return the model that `load` would load, without weights; see `loading.skeleton`."""
+        from .loading import skeleton
+
+        return skeleton(name, **options)
 
     def load(self, name: str, **options: Any) -> nn.Module:
-        """Load a model by name. Raise RequestError if timm registers none of this name."""
-        import timm
+        """Load a model; see `loading.load`."""
+        from .loading import load
 
-        if not self.can_load(name):
-            raise RequestError(f"timm has no model {name!r}: timm.list_models() says which there are.")
-        return timm.create_model(name)
+        return load(name, **options)
+
+    def progress_bars(self, show: bool) -> AbstractContextManager[None]:
+        """Return a context in which downloads show their progress bars, or none."""
+        from .loading import progress_bars
+
+        return progress_bars(show)
+
+    def adapter_options(self, name: str, file: AdapterFile, **options: Any) -> dict[str, Any]:
+        """Return the options of `load` that give the model an adapter was trained on; see `loading.adapter_options`."""
+        from .loading import adapter_options
+
+        return adapter_options(name, file, **options)
+
+    def new_weights(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the weights of a loaded model that its checkpoint did not hold."""
+        from .loading import new_weights
+
+        return new_weights(model)
+
+    def beside(self, name: str, adapter: str, **source: Any) -> dict[str, Path]:
+        """Return nothing: how to prepare images is in the config that `save` writes."""
+        return {}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model as timm reads it; see `merged.write_files`."""
+        from .merged import write_files
+        from .own_keys import plain_state
+
+        write_files(model, plain_state(model), folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from lora_adapters.errors import RequestError
 from lora_adapters.staging import new_folder
 
-from .facts import ARGUMENTS
+from .facts import Facts
 
 WEIGHTS = "model.safetensors"
 
@@ -36,9 +35,13 @@ def write_merged(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path
 
 
 def write_files(model: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write model.safetensors and config.json into a folder."""
-    arguments = json.loads(vars(model).get(ARGUMENTS, "{}"))
+    """Write model.safetensors and config.json into a folder.
+
+    A backbone that gives features (features_only) gets no config: timm's are for classifiers.
+    """
     found: Any = model
-    save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
-    if getattr(found, "pretrained_cfg", None):
-        save_config_for_hf(found, folder / "config.json", model_args=arguments or None)
+    # Copies: tensors that share memory are refused.
+    values = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    save_file(values, folder / WEIGHTS, {"format": "pt"})
+    if getattr(found, "pretrained_cfg", None) and hasattr(found, "num_classes"):
+        save_config_for_hf(found, folder / "config.json", model_args=dict(Facts.of(model).arguments) or None)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,17 @@ from torch import nn
 import lora_adapters
 from lora_adapters.adapter import Adapter
 from lora_adapters.adapter_file import inspect_adapter
+from lora_adapters.backends import backend_for, unwrap
 from lora_adapters.checkpoint import resolve_adapter_path
-from lora_adapters.errors import CheckpointError, RequestError, StateError
+from lora_adapters.errors import RequestError, StateError
+from lora_adapters.inject import quantize
+from lora_adapters.planning import make_plan
+from lora_adapters.request import AttachRequest
+from lora_adapters.snapshot import Snapshot
 
-from . import own_keys
-from .building import create
-from .facts import ARGUMENTS, Facts
+from . import loading, own_keys
+from .building import create, is_folder
+from .groups import group_matcher
 from .heads import classifiers
 from .merged import write_merged
 
@@ -39,14 +43,14 @@ class TimmLoraModel(nn.Module):
 
     Args:
         name_or_model: a model of timm ("vit_base_patch16_224"), "hf-hub:org/name", a folder, or a timm model, which is
-            adapted in place.
+            adapted in place. A folder's weights are always read.
         num_classes: classes of a new classifier; None keeps the model's own.
         rank, alpha, dropout, targets, quantization, adapter_name, norm: see `lora_adapters.attach`. `norm` says what
             becomes of BatchNorm: "eval" (frozen), "train" (statistics follow the data and are saved), "affine" (trained).
         train_head: train and save the classifier whole, bias included; False leaves it as it is.
         pretrained: load weights, as in timm.create_model.
-        checkpoint: a file with weights of this model, instead of those that timm knows for it (with pretrained=True).
-        seed: of the adapter's initial values; None takes PyTorch's.
+        checkpoint: a file with weights of this model, instead of those that timm knows for it. Its classifier is not taken.
+        attach_options: other arguments of `lora_adapters.attach`, such as {"layers": range(6, 12), "seed": 0}.
         **timm_kwargs: what timm.create_model takes besides, such as img_size, in_chans, drop_path_rate, features_only.
 
     Raises:
@@ -68,25 +72,31 @@ class TimmLoraModel(nn.Module):
         norm: str = "eval",
         adapter_name: str = "default",
         checkpoint: str | None = None,
-        seed: int | None = None,
+        attach_options: Mapping[str, Any] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         given = {"num_classes": num_classes, **timm_kwargs}
         base = _base(name_or_model, pretrained, checkpoint, given)
-        if isinstance(name_or_model, nn.Module) and num_classes is not None and base.num_classes != num_classes:
-            base.reset_classifier(num_classes)
-        adapter = lora_adapters.attach(
-            base,
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            targets=targets,
-            quantization=quantization,
-            modules_to_save=None if train_head else (),
-            norm=norm,
-            adapter_name=adapter_name,
-            seed=seed,
-        )
+        wanted = {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "targets": targets,
+            "quantization": quantization,
+            "norm": norm,
+            "adapter_name": adapter_name,
+            **({} if train_head else {"modules_to_save": ()}),
+        }
+        if twice := wanted.keys() & (attach_options or {}).keys():
+            raise RequestError(f"{min(twice)} is given in attach_options and as an argument: give it once.")
+        before = Snapshot(base)
+        try:
+            if isinstance(name_or_model, nn.Module) and num_classes is not None and base.num_classes != num_classes:
+                base.reset_classifier(num_classes)
+            adapter = lora_adapters.attach(base, **wanted, **(attach_options or {}))
+        except BaseException:
+            before.changes().revert()
+            raise
         self._become(base, adapter)
 
     def _become(self, base: nn.Module, adapter: Adapter) -> None:
@@ -130,6 +140,14 @@ class TimmLoraModel(nn.Module):
                 raise
         return getattr(self.base, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What the timm model has is set there, where its own methods look; what tools leave here by other names stays here.
+        there = self.__dict__.get("_view", (None,))[0]
+        if name in self.__dict__ or hasattr(type(self), name) or not hasattr(there, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(there, name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TimmLoraModel:
         """Return a model of its own, without the adapter's handle."""
         new = self.__class__.__new__(self.__class__)
@@ -143,6 +161,10 @@ class TimmLoraModel(nn.Module):
         super().train(mode)
         self.base.training = mode
         return self
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return how timm groups parameters into layers, for layer decay; see `groups.group_matcher`."""
+        return group_matcher(self.base, coarse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the timm model returns: logits (batch, num_classes), or a list of features."""
@@ -204,8 +226,9 @@ class TimmLoraModel(nn.Module):
 
         Args:
             path: the adapter's folder, or its name on the Hub.
-            model: its base: a timm model, or a name as for the constructor; None takes the one that the file names.
-            pretrained, checkpoint: where the base's weights come from, as for the constructor.
+            model: its base: a timm model, or a name as for `lora_adapters.load`; None takes the one the adapter's config
+                names, which it does where the base came with weights.
+            pretrained, checkpoint: where the base's weights come from, as for `lora_adapters.load`.
             quantization: how to store the base.
             adapter_name: name the adapter gets here.
             revision: of the adapter on the Hub.
@@ -215,15 +238,17 @@ class TimmLoraModel(nn.Module):
             CheckpointError: the file is damaged, for another model, or names no base and none is given.
         """
         folder = resolve_adapter_path(path, revision)
-        known = Facts.read(inspect_adapter(folder).metadata)
-        if model is None:
-            if known.architecture is None:
-                raise CheckpointError(f"{path} does not say which timm model it is for. Give it: model=...")
-            model = known.architecture
-        arguments = {} if isinstance(model, nn.Module) else {**known.arguments, **timm_kwargs}
-        base = _base(model, pretrained, checkpoint, arguments)
-        if quantization is not None:
-            base = lora_adapters.attach(base, rank=1, quantization=quantization, seed=0).detach()
+        if isinstance(model, nn.Module):
+            base = _base(model, False, checkpoint, timm_kwargs)
+            if quantization is not None:
+                quantize(base, make_plan(base, AttachRequest.make(quantization=quantization)))
+        else:
+            file = inspect_adapter(folder)
+            name = model or loading.base_of(file, pretrained and checkpoint is None)
+            source: dict[str, Any] = {"revision": None, "trust_remote_code": False}
+            options = loading.adapter_options(name, file, **source, checkpoint=checkpoint, **timm_kwargs)
+            how: dict[str, Any] = {"dtype": "auto", "device": "cpu", "quantization": quantization}
+            base = loading.load(name, pretrained=pretrained, **how, **source, **options)
         adapter = lora_adapters.restore(base, folder, adapter_name=adapter_name)
         new = cls.__new__(cls)
         new._become(base, adapter)
@@ -236,8 +261,9 @@ class TimmLoraModel(nn.Module):
     def save_merged(self, path: str | Path) -> Path:
         """Write a plain timm model with the adapter in it: a folder with model.safetensors and timm's config.json.
 
-        `timm.create_model("local-dir:FOLDER")` loads it, and so does `timm.create_model(name, num_classes=n,
-        checkpoint_path="FOLDER/model.safetensors")`, with the outputs that this model has. The model stays as it is.
+        `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and so does `timm.create_model(name,
+        num_classes=n, checkpoint_path="FOLDER/model.safetensors")`, with the outputs that this model has. Quantized weights
+        become dense ones in the dtype they compute in. The model stays as it is.
 
         Args:
             path: a folder that does not exist yet, or is empty.
@@ -267,10 +293,14 @@ def _base(source: str | nn.Module, pretrained: bool, checkpoint: str | None, arg
             raise RequestError(
                 f"{what}: a model that is made already takes no arguments to make it. Give its name instead."
             )
-        return source
-    model = create(source, pretrained=pretrained, checkpoint=checkpoint, **arguments)
-    vars(model)[ARGUMENTS] = json.dumps({k: v for k, v in arguments.items() if v is not None and k != "num_classes"})
-    return model
+        base = unwrap(source)
+        if (backend := backend_for(base)[0].name) != "timm":
+            raise RequestError(
+                f"{type(base).__name__} is no timm model (the backend {backend!r} serves it): use lora_adapters.attach."
+            )
+        return base
+    pretrained = pretrained or checkpoint is not None or is_folder(source)
+    return create(source, pretrained=pretrained, checkpoint=checkpoint, **arguments)
 
 
 def _unwrapped(found: Any) -> Any:
@@ -289,6 +319,7 @@ def _to_own(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> N
 
 def _from_own(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     own_keys.from_own(module, state, prefix, module._view[1])
+    own_keys.check_quantized(module, state, prefix)
 
 
 def _forgive_missing(module: Any, incompatible: Any) -> None:

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from lora_adapters.errors import CheckpointError
 from lora_adapters.weights import store_for
 
 _ORIGINAL = "original_module."
@@ -56,6 +57,31 @@ def from_own(model: nn.Module, state: dict[str, Any], prefix: str, adapter: str)
     for key in list(state):
         if (own := next((o for o in names if key.startswith(o)), None)) and not _is_adapters(key.removeprefix(own)):
             state[names[own] + key.removeprefix(own)] = state.pop(key)
+
+
+def check_quantized(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Check that a state dict in PEFT's names has the quantized weights of the model, and drop their statistics.
+
+    Modules with packed weights can save their statistics, but not load them: the weight is what it is already.
+
+    Raises:
+        CheckpointError: a weight is another one, or dense. Nothing has been loaded then.
+    """
+    for name, module in model.named_modules():
+        store = store_for(module)
+        if store is None or store.format == "dense" or isinstance(module, LoraLayer):
+            continue
+        for key, value in module.state_dict(prefix=f"{prefix}{name}.").items():
+            if key == f"{prefix}{name}.bias" or key not in state:
+                continue
+            given = state[key]
+            if given.dtype != value.dtype or not torch.equal(given.to(value.device), value):
+                raise CheckpointError(
+                    f"{name!r} is held in {store.format} and the state dict has another weight for it. A quantized base "
+                    "can't take other weights: load them before it is quantized. Nothing was loaded."
+                )
+            if key.removeprefix(f"{prefix}{name}.") not in (*module._parameters, *module._buffers):
+                del state[key]
 
 
 def _is_adapters(rest: str) -> bool:
