@@ -147,10 +147,10 @@ class EngineLayer(nn.Module, LoraLayer):
             # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
             wide = torch.promote_types(store.dtype, torch.float32)
             weight = store.read(wide)
-            if is_transposed(original):  # as the delta of such a layer, and its own weight, lie
-                weight = weight.t().contiguous()
             # A module of the store's own dtype: its bias takes part in 16-bit products as it is.
-            merged: Any = store.dense_module(store.read())
+            merged: Any = store.dense_module(weight.to(store.dtype))
+            if is_transposed(original):  # as its own weight, and the delta, lie
+                weight = weight.t().contiguous()
             own_bias: Any = getattr(merged, "bias", None)
             bias = None if own_bias is None else own_bias.data
             for name in names:
