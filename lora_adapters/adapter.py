@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from . import batch_norm, inject, merge, replaced
+from . import batch_norm, inject, merge, wrappers
 from .attach_plan import AttachPlan
 from .errors import RequestError, StateError
 from .hooks.manager import plugins
@@ -62,9 +62,17 @@ class _State:
 
 
 def peft_model_of(base: nn.Module) -> PeftModel | None:
-    """Return the PeftModel that earlier calls put around `base`, or None."""
+    """Return the PeftModel that earlier calls put around `base`, or None.
+
+    Raises:
+        StateError: a module that one of its adapters trains was replaced, so that another can't come beside it.
+    """
     state = _State.of(base)
-    return state.peft_model if state else None
+    if state is None:
+        return None
+    for adapter in state.adapters.values():
+        wrappers.refuse_replaced(base, adapter.plan)
+    return state.peft_model
 
 
 class Adapter:
@@ -97,8 +105,8 @@ class Adapter:
         state.changes.append(changes)
         state.read |= {layer.name for layer in plan.layers if layer.read_by}
         # What trains beside whole modules: biases.
-        self._other_values = plan.trained_parameters - replaced.trained_values(base, plan)
-        state.originals = replaced.wrapped_originals(base) | state.originals
+        self._other_values = plan.trained_parameters - wrappers.trained_values(base, plan)
+        state.originals = wrappers.wrapped_originals(base) | state.originals
 
     def __repr__(self) -> str:
         state = "merged into its base" if self._merged_away else "detached" if self._base is None else "attached"
@@ -147,14 +155,13 @@ class Adapter:
         if self.merged:
             raise StateError("The adapter is merged into the base: unmerge it first.")
         state, base = self._state, self.base
-        names = tuple(replaced.replaced(base, self.plan))
+        names = tuple(wrappers.replaced(base, self.plan))
         for name in names:
             # An adapter that also trains the module has lost it by the same call.
-            holders = [a.name for a in state.adapters.values() if name in replaced.replaced(base, a.plan)]
-            active = next((a for a in self.model.active_adapters if a in holders), self.name)
-            replaced.rewrap(base, [name], state.originals, active, holders)
+            holders = [a.name for a in state.adapters.values() if name in wrappers.replaced(base, a.plan)]
+            wrappers.rewrap(base, [name], state.originals, holders, self.model.active_adapters)
         for adapter in state.adapters.values():
-            values = adapter._other_values + replaced.trained_values(base, adapter.plan)
+            values = adapter._other_values + wrappers.trained_values(base, adapter.plan)
             adapter.plan = replace(adapter.plan, trained_parameters=values)
         return names
 
@@ -217,7 +224,7 @@ class Adapter:
         """
         if self.merged:
             raise StateError("The adapter is merged into the base: unmerge it before saving.")
-        replaced.check_in_place(self.base, self.plan)
+        wrappers.check_in_place(self.base, self.plan)
         metadata: dict[str, Any] = {}
         plugins().notify("lora_adapters_saving", adapter=self, path=str(path), metadata=metadata)
         return save_adapter(self.model, self.plan, Path(path), metadata)

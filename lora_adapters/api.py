@@ -111,10 +111,11 @@ def attach(
     )
     base = unwrap(model)
     inject.check_free_name(base, request.adapter_name)
+    carrier = _peft_model(model, base)
     with with_kernels(base, make_plan(model, request)) as (made, kernels):
         with progress_bar("Quantizing", progress) as report:
             inject.quantize(base, made, report)
-        peft_model, changes = inject.apply(base, made, _peft_model(model, base))
+        peft_model, changes = inject.apply(base, made, carrier)
     return _attached(base, peft_model, made, changes, kernels)
 
 

@@ -45,7 +45,9 @@ def check_separable(model: nn.Module, names: tuple[str, ...], meant: dict[str, n
         names: of the BatchNorms.
         meant: name -> module of everything whose name ends in one of `names`.
     """
-    if other := next((name for name in meant if name not in names), None):
+    # What has no values (an nn.Identity) may be wrapped along with them.
+    holding = [name for name, module in meant.items() if any(True for _ in (*module.parameters(), *module.buffers()))]
+    if other := next((name for name in holding if name not in names), None):
         end = next(name for name in names if other.endswith(name))
         raise UnsupportedError(
             f"The statistics of {end!r} can't be trained: PEFT takes modules by the ends of their names and would take "

@@ -37,6 +37,7 @@ from .sharing import places_of, put
 from .snapshot import Changes, Snapshot
 from .starting_values import fill_factors
 from .weights import guard_cpu_repacking, mark_quantized, quantize_modules
+from .wrappers import unnest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +109,7 @@ def _apply(
             result = _inject_directly(model, plan, peft_model, initialise)
         else:
             result = _inject_through_peft(model, plan, peft_model, initialise)
+        unnest(model)
         batch_norm.prepare_copies(model, plan.request.adapter_name, plan.norms, plan.request.norm == "affine")
         _choose_forwards(model, plan)
         if fused:

@@ -41,6 +41,7 @@ from .snapshot import Changes
 from .targets import Kernels, Part, candidates
 from .trained import modules_meant
 from .weights import store_for
+from .wrappers import within_trained
 
 #: Config fields that say what the layers compute; the others say how the adapter came to be.
 _CARRIED = ("use_rslora", "use_dora", "lora_bias", "bias", "task_type", "fan_in_fan_out", "init_lora_weights")
@@ -69,6 +70,11 @@ def save_adapter(peft_model: PeftModel, plan: AttachPlan, folder: Path, metadata
             f"The weight of {read[0]!r} is read by other code, or by a forward of its class's own ({len(read)} such "
             f"layers). Stock PEFT's layers don't notice that and may compute something else, or nothing: restore {folder} "
             "with lora_adapters.restore, or merge the adapter before sharing the model."
+        )
+    if nested := within_trained(base, plan):
+        inject.warn(
+            f"{nested[0]!r} is inside a module that is trained whole and ends like one, which stock PEFT takes for two "
+            f"modules and can't load: restore {folder} with lora_adapters.restore, or merge the adapter before sharing."
         )
     if parts := {layer.name: layer.parts for layer in plan.layers if layer.parts}:
         described[PARTS_ENTRY] = to_metadata(parts)

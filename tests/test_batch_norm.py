@@ -294,6 +294,13 @@ def test_names_that_peft_could_not_tell_apart_are_refused():
         la.attach(model, rank=2, norm="train")
     assert_same(model, before)
     la.attach(model, rank=2)
+    model = Ambiguous()
+    model.block["norm"] = nn.Identity()
+    before = state(model)
+    adapter = la.attach(model, rank=2, norm="train")
+    assert adapter.plan.norms == ("norm",)
+    adapter.detach()
+    assert_same(model, before)
     shared = nn.BatchNorm1d(8)
     with pytest.raises(UnsupportedError, match="several places"):
         la.attach(nn.Sequential(nn.Linear(8, 8), shared, nn.Linear(8, 8), shared), rank=2, norm="affine")

@@ -85,6 +85,13 @@ def test_a_later_entry_overrides_parts_by_the_whole():
     assert all(layer.parts == () and layer.rank == 4 for layer in plan.layers)
 
 
+def test_a_list_means_roles_where_nothing_has_the_name():
+    plan = la.plan(fused_net(layouts=("contiguous",)), rank=2, targets=["q", "v"])
+    assert [[p.role for p in layer.parts] for layer in plan.layers] == [["q", "v"]]
+    # "q" is a module's name here, and in a list names come first.
+    assert [layer.name for layer in la.plan(fused_net(), rank=2, targets=["q"]).layers] == ["blocks.3.q"]
+
+
 def test_exclude_takes_a_part_out():
     plan = la.plan(fused_net(), rank=2, targets="q+k+v", exclude=["k"])
     assert [[p.role for p in layer.parts] for layer in plan.layers if layer.parts] == [["q", "v"]] * 3

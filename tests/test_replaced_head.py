@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 import lora_adapters as la
-from lora_adapters.errors import StateError
+from lora_adapters.errors import LoraAdaptersWarning, StateError
 
 
 class Classifier(nn.Module):
@@ -208,3 +208,79 @@ def test_while_merged_it_is_refused():
     model.reset_classifier(3)
     with pytest.raises(StateError, match="unmerge it first"):
         adapter.rewrap_trained()
+
+
+def test_another_adapter_can_only_come_once_that_is_settled():
+    model = classifier()
+    before = state(model)
+    one = attach(model)
+    model.reset_classifier(3)
+    with pytest.raises(StateError, match=r"rewrap_trained"):
+        attach(model, adapter_name="two")
+    one.rewrap_trained()
+    two = attach(model, adapter_name="two")
+    assert sum(p.numel() for p in two.parameters()) == two.plan.trainable_parameters
+    two.detach()
+    one.detach()
+    assert_same(model, before)
+
+
+def test_while_another_adapter_without_a_head_is_active_the_base_s_own_computes():
+    model = classifier()
+    one = attach(model)
+    attach(model, adapter_name="two", modules_to_save=[])
+    y = model(rows())
+    model.reset_classifier(3)
+    assert one.rewrap_trained() == ("head",)
+    assert torch.equal(model(rows()), y)
+    one.model.set_adapter("default")
+    assert model(rows()).shape == (6, 3)
+    train(one, 3)
+
+
+class Head(nn.Module):
+    """A head that holds a head: PEFT, going by the ends of names, wraps both."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(x))
+
+
+def doubled():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(8, 16), Head()
+    return model.eval()
+
+
+def test_a_head_within_a_head_is_trained_and_saved(tmp_path):
+    model = doubled()
+    before = state(model)
+    one = la.attach(model, rank=2, targets=["body"], modules_to_save=["head"])
+    assert sum(p.numel() for p in one.parameters()) == one.plan.trainable_parameters
+    weight = model.head.modules_to_save["default"].head.weight
+    assert type(weight) is nn.Parameter
+    old = weight.detach().clone()
+    one.model.train()
+    train(one, 3)
+    assert not torch.equal(weight, old)
+    one.model.eval()
+    y = model(rows())
+    with pytest.warns(LoraAdaptersWarning, match="'head.head' is inside a module that is trained whole"):
+        one.save(tmp_path)
+    back = la.restore(doubled(), tmp_path)
+    assert torch.equal(back.model(rows()), y)
+    two = la.attach(model, rank=2, targets=["body"], modules_to_save=["head"], adapter_name="two")
+    assert sum(p.numel() for p in two.parameters()) == two.plan.trainable_parameters
+    two.model.train()
+    train(two, 3)
+    two.model.eval()
+    one.model.set_adapter("default")
+    assert torch.equal(model(rows()), y)
+    two.detach()
+    assert torch.equal(model(rows()), y)
+    one.detach()
+    assert_same(model, before)

@@ -48,7 +48,7 @@ class ImageSettings:
 #: What serves each family.
 SETTINGS: Mapping[str, Callable[..., ImageSettings]] = {
     "resnet": partial(ImageSettings, family="resnet", pretraining_epochs=4),
-    "vit": partial(ImageSettings, family="vit", learning_rate=3e-3, pretraining_epochs=20, epochs=60),
+    "vit": partial(ImageSettings, family="vit", learning_rate=1e-2, pretraining_epochs=20, epochs=60),
 }
 
 

@@ -102,45 +102,6 @@ def up_gradients(
     return dh, cast(db.t(), dtype)
 
 
-def factor_gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    h: torch.Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of h, a and b for y = scaling * h @ b^T, h = x @ a^T.
-
-    Args:
-        dy: (tokens, out), any dtype.
-        x: (tokens, in), any dtype.
-        a: (rank, in).
-        b: (out, rank), of a's dtype.
-        h: (tokens, rank) if forward kept it, else None.
-        scaling: factor of the product.
-        dtype: of the gradients of a and b.
-
-    Returns:
-        dh (tokens, rank) in a's dtype, da (rank, in), db (out, rank).
-    """
-    if h is None and _reads_x_once(dy, x, a):
-        # h and da from one reading of x: the same kernel, for x^T instead of dy.
-        dh = product(dy, b, scaling)
-        h, da = kernels.up_grads(x, dh, a.t(), 1.0)
-        return dh, cast(da.t(), dtype), product(dy.t(), h, scaling, dtype)
-    h = down(x, a) if h is None else h
-    dh, db = up_gradients(dy, h, b, scaling, dtype)
-    return dh, down_gradient(dh, x, dtype), db
-
-
-def _reads_x_once(dy: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> bool:
-    """Return True where x, the larger operand, is large enough that reading it twice costs more than adding parts."""
-    one = dy.dtype is x.dtype is a.dtype and x.numel() > dy.numel()
-    return one and kernels.available(x.device, x.dtype) and kernels.up_grads_pays(x, a.t())
-
-
 def down_gradient(dh: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """dh (tokens, rank), x (tokens, in) of any dtype -> dh^T @ x (rank, in) in `dtype`; None: see up_gradients."""
     dtype = dtype or _gradient_dtype(dh)

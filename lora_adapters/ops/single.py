@@ -110,7 +110,9 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     low_a, low_b = cast(a, low), cast(b, low)
     dx = dh = da = db = None
     if wants_a or wants_b:
-        dh, da, db = lowrank.factor_gradients(dys, rows, low_a, low_b, h, scaling, ctx.factor_dtype)
+        h = lowrank.down(rows, low_a) if h is None else h
+        dh, db = lowrank.up_gradients(dys, h, low_b, scaling, ctx.factor_dtype)
+        da = lowrank.down_gradient(dh, rows, ctx.factor_dtype)
     if wants_x:
         if merged:
             dx = cast(dys, base) @ weight.merged(base, a, b, scaling, low)

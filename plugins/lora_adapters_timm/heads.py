@@ -29,7 +29,22 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
     wanted = {id(part) for part in _flat(_classifier_of(model)) if _has_weights(part)}
     said = set(_words(pretrained_cfg(model).get("classifier")))
     names = [n for n, m in model.named_modules() if id(m) in wanted or (n in said and _has_weights(m))]
-    return tuple(n for n in names if not any(n.startswith(other + ".") for other in names))
+    outermost = [n for n in names if not any(n.startswith(other + ".") for other in names)]
+    return tuple(inner for name in outermost for inner in _by_one_name(model, name))
+
+
+def _by_one_name(model: nn.Module, name: str) -> Iterable[str]:
+    """Yield a classifier's name, or those of its children if it also is the end of the name of something inside it.
+
+    PEFT takes `modules_to_save` by the ends of names: "head" would mean RepViT's head.head a second time.
+    """
+    module = model.get_submodule(name)
+    if not any(inner and f"{name}.{inner}".endswith(name) for inner, _ in module.named_modules()):
+        yield name
+        return
+    for child, part in module.named_children():
+        if _has_weights(part):
+            yield f"{name}.{child}"
 
 
 def _classifier_of(model: nn.Module) -> Any:

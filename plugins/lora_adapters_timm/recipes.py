@@ -156,7 +156,7 @@ class ImageTraining(TrainingSection):
     label_smoothing: Share = 0.0
     """Share of the target that is spread over all classes."""
     ema: Share = 0.0
-    """Decay of a moving average of the trained values, which is what is measured and saved in the end; 0 is none."""
+    """Decay of a moving average of the trained values, which is what is measured and saved; it grows to this; 0 is none."""
     channels_last: bool = False
     """Keep images and convolutions with the channels last, which is faster on many devices."""
 

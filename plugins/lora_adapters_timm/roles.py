@@ -65,7 +65,9 @@ class _Structure:
 
     def __init__(self, info: ModelInfo) -> None:
         self.modules = dict(info.model.named_modules())
-        self.heads = classifiers(info.model)
+        # PEFT trains whole whatever ends in a classifier's name: LowFormer's pre_classifier with its classifier.
+        ends = classifiers(info.model)
+        self.heads = tuple(name for name in self.modules if any(name.endswith(end) for end in ends))
         self.embeddings = embeddings(info.model, info.modules)
         self._projections: dict[str, dict[str, str]] = {}
 

@@ -93,6 +93,9 @@ class Attention:
         if outputs:
             self.owner.get_submodule(outputs[0]).register_forward_pre_hook(lambda _, a: self.seen.append(a[0].clone()))
         self.convolution = isinstance(layer, nn.Conv2d)
+        # EfficientViT's heads each have a projection, and pass what they find on to the next one.
+        place = name[len(owner_name) + 1 :].split(".")
+        self.head = (int(place[1]), len(self.owner.qkvs)) if place[0] == "qkvs" else (0, 1)
         made = self._run(None)[1]
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(made.shape, generator=generator, dtype=torch.float64)
@@ -108,7 +111,8 @@ class Attention:
         with torch.no_grad(), _Replace(self.weight, noise) as mode:
             out = self.owner(*_clone(self.args), **_clone(self.kwargs))
         assert mode.made is not None, "the projection was not used"
-        return (self.seen[0] if self.seen else out), mode.made
+        head, heads = self.head
+        return (self.seen[0] if self.seen else out).chunk(heads, dim=1)[head], mode.made
 
     def push(self, row: int, amount: float = 2.0) -> Effect:
         """Push a row at the first token (a corner, where convolutions around the attention reach least), up and down."""

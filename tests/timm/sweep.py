@@ -1,15 +1,17 @@
 """Checks adapters on one small model of every module in timm/models, and writes docs/targets-timm.md.
 
-python tests/timm/sweep.py [--only beit,resnet] [--output docs/targets-timm.md]
+python tests/timm/sweep.py [--only beit,resnet] [--processes 2] [--output docs/targets-timm.md]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import peft
@@ -26,14 +28,16 @@ TABLE = Path(__file__).parents[2] / "docs" / "targets-timm.md"
 EXPLAINED: dict[str, str] = {}
 
 
-def run(selected: Iterable[Case]) -> list[Outcome]:
+def run(selected: Iterable[Case], processes: int) -> list[Outcome]:
     """Check every case, with a line of progress on stderr."""
     outcomes = []
-    for number, case in enumerate(selected, 1):
-        outcome = check(case)
-        outcomes.append(outcome)
-        verdict = "ok" if outcome.ok else json.dumps({k: v for k, v in outcome.problems.items() if v})
-        print(f"{number:4d} {outcome.seconds:6.1f}s {case.name}: {verdict}", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), warnings.simplefilter, ("ignore",)
+    ) as pool:
+        for number, outcome in enumerate(pool.map(check, selected), 1):
+            outcomes.append(outcome)
+            verdict = "ok" if outcome.ok else json.dumps({k: v for k, v in outcome.problems.items() if v})
+            print(f"{number:4d} {outcome.seconds:6.1f}s {outcome.case.name}: {verdict}", file=sys.stderr, flush=True)
     return outcomes
 
 
@@ -111,10 +115,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", help="modules of timm/models, separated by commas (default: all)")
     parser.add_argument("--output", type=Path, help=f"where the table goes (default, for all modules: {TABLE.name})")
+    parser.add_argument("--processes", type=int, default=2, help="how many models to check at once (default: 2)")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     wanted = set(options.only.split(",")) if options.only else None
-    outcomes = run(case for case in (*FAMILIES, *SPECIAL) if wanted is None or case.module in wanted)
+    selected = [case for case in (*FAMILIES, *SPECIAL) if wanted is None or case.module in wanted]
+    outcomes = run(selected, options.processes)
     page = table(outcomes)
     if target := options.output or (TABLE if wanted is None else None):
         target.write_text(page, encoding="utf-8")

@@ -43,6 +43,7 @@ def build(case: Case) -> nn.Module:
 
     What timm starts at zero (gates, the last layer of a branch, relative positions) would keep gradients from whole
     layers, and statistics of batches that were never seen let values grow or vanish: both are set as after some training.
+    Dropped paths would do so too, and are off.
     """
     torch.manual_seed(0)
     model = timm.create_model(case.model, **{"num_classes": CLASSES, **case.options})
@@ -52,6 +53,9 @@ def build(case: Case) -> nn.Module:
             scale = 0.02 if parameter.dim() > 1 else 0.1
             if parameter.dim() < 2 or parameter.abs().max() < 1e-3:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        for module in model.modules():
+            if type(module).__name__ == "DropPath":
+                module.drop_prob = 0.0
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:

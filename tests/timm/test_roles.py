@@ -42,6 +42,7 @@ def ends(classes: Classification, role: str) -> set[str]:
         ("efficientvim_m1", ("heads.0", "heads.1", "heads.2", "heads.3")),
         ("volo_d1_224", ("aux_head", "head")),  # get_classifier() gives one, pretrained_cfg both
         ("inception_next_atto", ("head.fc2",)),
+        ("repvit_m1", ("head.head", "head.head_dist")),  # "head" would be both, to PEFT, and the outer one again
     ],
 )
 def test_heads_are_what_makes_the_logits(name, heads):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lora_adapters.errors import RequestError
-from lora_adapters.ops import kernels, lowrank
+from lora_adapters.ops import kernels
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 #: tokens, features, rank: no multiples of a tile, single values, several parts, ranks around the choice of torch.mm.
@@ -232,25 +232,3 @@ def test_more_than_two_to_the_31_values(device):
     ]
     for result, expected in pairs:
         torch.testing.assert_close(result, expected, rtol=0.02, atol=0.01)
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("rank", [1, 16, 24, 40])
-def test_gradients_of_both_factors_from_one_reading_of_x(device, rank, dtype, monkeypatch):
-    from lora_adapters.ops.kernels import lowrank as lowrank_kernels  # imports triton, as `device` did
-
-    if dtype not in lowrank_kernels.facts(device).tensor_dtypes:
-        pytest.skip("no tensor-core product for it here: the kernel is not chosen")
-    x, dy = normal(device, 130, 200, dtype=dtype), normal(device, 130, 70, dtype=dtype, seed=1)
-    a, b = normal(device, rank, 200, dtype=dtype, seed=2), normal(device, 70, rank, dtype=dtype, seed=3)
-    calls = []
-    up_grads = lowrank_kernels.up_grads
-    monkeypatch.setattr(kernels, "up_grads", lambda *given: calls.append(1) or up_grads(*given))
-    monkeypatch.setattr(lowrank_kernels, "_FUSED_VALUES", 0)
-    found = lowrank.factor_gradients(dy, x, a, b, None, -1.5, F32)
-    assert len(calls) == (rank <= lowrank_kernels.FUSED_RANK)
-    wide = [tensor.double() for tensor in (dy, x, a, b)]
-    h, dh = wide[1] @ wide[2].t(), -1.5 * wide[0] @ wide[3]
-    for result, exact in zip(found, (dh, dh.t() @ wide[1], -1.5 * wide[0].t() @ h), strict=True):
-        assert result.shape == exact.shape
-        assert ((result.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()).item()

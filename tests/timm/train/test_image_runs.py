@@ -154,6 +154,36 @@ def test_tensorboard(run):
     assert list((folder / "logs").rglob("events.out.*"))
 
 
+@pytest.mark.parametrize(("scale", "skipped"), [(2.0**16, 0), (2.0**127, 1)])
+def test_a_loss_scaler_skips_and_goes_on(run, monkeypatch, scale, skipped):
+    """accelerate has float16's scaler on GPUs only; PyTorch's own works here, in float32."""
+    from accelerate import Accelerator
+    from lora_adapters_timm.training import loop
+
+    class Scaled(Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-60)
+            self.native_amp = True
+
+        mixed_precision = property(lambda self: "fp16")
+
+        def autocast(self):
+            return torch.autocast("cpu", enabled=False)
+
+    _, plain = run("plain")
+    monkeypatch.setattr(loop, "Accelerator", Scaled)
+    facts, folder = run("scaled")
+    assert facts.skipped_steps == skipped
+    assert facts.status == "finished"
+    first, second = tensors(plain), tensors(folder)
+    assert all(bool(tensor.isfinite().all()) for tensor in second.values())
+    if not skipped:  # a power of two changes no bit of a gradient
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    state = torch.load(folder / "checkpoints" / "checkpoint-4" / "training.pt", weights_only=True)
+    assert state["scaler"]["scale"] == scale * 2.0 ** (-60 * skipped)
+
+
 def test_several_processes_are_refused(run, monkeypatch):
     from accelerate import Accelerator
 

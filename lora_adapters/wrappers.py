@@ -1,7 +1,9 @@
-"""Modules that someone put in the place of those an adapter trains: `model.reset_classifier(n)` after attaching.
+"""PEFT's wrappers around the modules that adapters train whole, where PEFT or others leave them wrong.
 
-Such a call puts a plain module where PEFT's wrapper was, so the adapter would neither train nor save it, and nothing would
-say so. `check_in_place` says so; `rewrap` brings the new modules under the adapters.
+- PEFT goes by the ends of names, so "head" also means "head.head", and it wraps a part of what it wrapped already: the
+  inner copy is saved, and never runs. `unnest` takes these out.
+- `model.reset_classifier(n)` after attaching puts a plain module where the wrapper was, so the adapter would neither train
+  nor save it. `check_in_place` says so; `rewrap` brings the new module under the adapters.
 """
 
 from __future__ import annotations
@@ -17,6 +19,31 @@ from torch import nn
 from .attach_plan import AttachPlan
 from .errors import StateError
 from .trained import modules_meant
+
+
+def unnest(model: nn.Module) -> None:
+    """Take out the wrappers that PEFT put into wrappers, and let the outer ones train all of their copies again."""
+    for outer in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        inner = [leaf for leaf in outer._modules if leaf not in ("original_module", "modules_to_save")]
+        for leaf in inner:
+            del outer._modules[leaf]
+        held = [(m, leaf, c) for m in outer.modules() for leaf, c in m._modules.items() if m is not outer]
+        nested = [(parent, leaf, child) for parent, leaf, child in held if isinstance(child, ModulesToSaveWrapper)]
+        for parent, leaf, child in nested:
+            parent._modules[leaf] = child.original_module
+        if inner or nested:
+            frozen = not any(p.requires_grad for p in outer.modules_to_save.parameters())
+            outer.set_adapter(outer.active_adapters, inference_mode=frozen)
+
+
+def within_trained(model: nn.Module, plan: AttachPlan) -> list[str]:
+    """Return what PEFT's rule of names would wrap inside a module that is trained whole: "head.head" for "head"."""
+    return [
+        f"{place}.{inner}"
+        for place, module in trained_whole(model, plan).items()
+        for inner, _ in getattr(module, "original_module", module).named_modules()  # type: ignore[union-attr]
+        if inner and inner.endswith((*plan.trained, *plan.norms))
+    ]
 
 
 def wrapped_originals(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,6 +79,12 @@ def check_in_place(model: nn.Module, plan: AttachPlan) -> None:
         )
     if gone := [wanted for wanted in (*plan.trained, *plan.norms) if not modules_meant(model, wanted)]:
         raise StateError(f"{gone[0]!r}, which adapter {name!r} trains, is no longer in the model: put it back.")
+    refuse_replaced(model, plan)
+
+
+def refuse_replaced(model: nn.Module, plan: AttachPlan) -> None:
+    """Raise StateError if a module that the plan trains whole was replaced since attaching."""
+    name = plan.request.adapter_name
     if new := replaced(model, plan):
         raise StateError(
             f"{new[0]!r} was replaced after attaching (by reset_classifier, say), so adapter {name!r} neither trains nor "
@@ -64,7 +97,7 @@ def _carries(module: Any, name: str) -> bool:
 
 
 def rewrap(
-    model: nn.Module, names: Iterable[str], originals: Mapping[str, nn.Module], active: str, holders: list[str]
+    model: nn.Module, names: Iterable[str], originals: Mapping[str, nn.Module], holders: list[str], active: list[str]
 ) -> None:
     """Put PEFT's wrapper around modules that replaced trained ones.
 
@@ -72,25 +105,24 @@ def rewrap(
         model: the base.
         names: where the new modules are.
         originals: name -> the base's own module, which computes while no adapter is active.
-        active: the adapter that takes the new module itself, and trains it.
-        holders: the adapters that train this module; the others get copies.
+        holders: the adapters that train these modules and have lost them. The first of them that is active takes the new
+            module itself (the first, if none is), the others get copies.
+        active: the model's active adapters.
     """
+    mine = [name for name in active if name in holders]
+    first = (mine or holders)[0]
     for name in names:
         parent_name, _, leaf = name.rpartition(".")
         new = model.get_submodule(name)
-        wrapper = ModulesToSaveWrapper(originals[name], active)
-        wrapper.modules_to_save[active] = new
+        wrapper = ModulesToSaveWrapper(originals[name], first)
+        wrapper.modules_to_save[first] = new
+        for other in holders:
+            if other != first:
+                wrapper.update(other)
+                wrapper.modules_to_save[other] = copy.deepcopy(new).requires_grad_(False)
         wrapper.train(new.training)
         model.get_submodule(parent_name)._modules[leaf] = wrapper
-        for other in holders:
-            if other != active:
-                _copy_for(wrapper, other, new)
-        wrapper.set_adapter(active)
-
-
-def _copy_for(wrapper: ModulesToSaveWrapper, adapter: str, module: nn.Module) -> None:
-    wrapper.update(adapter)
-    wrapper.modules_to_save[adapter] = copy.deepcopy(module).requires_grad_(False)
+        wrapper.set_adapter([first] if mine else [])
 
 
 def trained_values(model: nn.Module, plan: AttachPlan) -> int:
