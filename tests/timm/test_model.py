@@ -255,3 +255,48 @@ def test_detach_gives_the_timm_model_back():
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
     torch.testing.assert_close(model(x), base(x))
     assert la.plan(base, rank=2).layers
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one precision for the process; other tests have theirs."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_trains_it(fresh_accelerate):
+    from accelerate import Accelerator
+
+    model = lora().train()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.7)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):  # the first step moves B, and A from then on
+        loss = prepared(images()).float().square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    plain_again = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert plain_again is model
+    assert model(images()).dtype == torch.float32
+
+
+def test_the_average_of_what_trains():
+    from lora_adapters.ema import AdapterEma
+
+    model, x = lora(), images()
+    ema = AdapterEma(model, decay=0.5)
+    before = model(x)
+    ema.update(trained(model), 2)
+    after = model(x)
+    with ema.applied(model):
+        averaged = model(x)
+    assert torch.equal(model(x), after)
+    assert not torch.equal(averaged, after)
+    assert not torch.equal(averaged, before)
+    assert set(ema.state_dict()["averages"]) == {n for n, p in model.named_parameters() if p.requires_grad}

@@ -1,6 +1,7 @@
 """transformers' TimmWrapper models: the classifier is trained whole and stays dense, everything else is as in timm."""
 
 import pytest
+import timm
 import torch
 from helpers import assert_same, perturb, state
 from lora_adapters_timm.wrapped import TimmWrapperBackend
@@ -80,3 +81,26 @@ def test_labels_are_saved_and_detach_gives_the_bits_back(tmp_path):
     assert "owl" in str(inspect_adapter(folder).metadata)
     adapter.detach()
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "test_resnet"])
+def test_timm_loads_the_merged_model_inside(architecture, tmp_path):
+    model = wrapped(architecture)
+    adapter = la.attach(model, rank=2)
+    perturb(adapter.model)
+    size = 32 if architecture.startswith("vit") else 64
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=images).logits
+    adapter.merge(unload=True)
+    # transformers keeps its prefix in the keys, which timm refuses; the model inside is timm's own and writes its own.
+    timm.models.save_for_hf(model.timm_model, tmp_path / "merged", safe_serialization=True)
+    file = tmp_path / "merged" / "model.safetensors"
+    arguments = model.config.model_args or {}
+    loaded = timm.create_model(architecture, num_classes=3, checkpoint_path=file, **arguments).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "transformers")
+    again = TimmWrapperForImageClassification.from_pretrained(tmp_path / "transformers").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-4)
