@@ -21,7 +21,7 @@ MODELS = {
 def build(name, **options):
     torch.manual_seed(0)
     base = timm.create_model(name, num_classes=4, **MODELS[name]).cuda()
-    return TimmLoraModel(base, rank=2, seed=0, **options)
+    return TimmLoraModel(base, rank=2, attach_options={"seed": 0}, **options)
 
 
 def images(rows=6):
