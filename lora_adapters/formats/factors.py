@@ -215,5 +215,5 @@ class LokrFactors(Factors):
         else:
             assert self.w2_a is not None
             assert self.w2_b is not None
-            w2 = _half(self.w2_a, self.w2_b, self.t2).reshape(self.second_shape)
+            w2 = _half(self.w2_a, self.w2_b, self.t2).reshape(self.second_shape).contiguous()
         return self.scaling * torch.kron(w1.reshape(*w1.shape, *[1] * (w2.dim() - 2)), w2)

@@ -113,9 +113,9 @@ def _lokr(factors: LokrFactors) -> tuple[Tensor, Tensor]:
     else:
         b2, a2 = _product_or_whole(factors.w2, factors.w2_a, factors.w2_b)
     inside = factors.second_shape[1:]
-    a2 = a2.reshape(a2.shape[0], *inside)
+    a2 = a2.reshape(a2.shape[0], *inside).contiguous()
     a = torch.kron(a1.reshape(*a1.shape, *[1] * (len(inside) - 1)), a2)
-    return _as_layer(a.to(dtype), torch.kron(b1, b2).to(dtype), factors.shape)
+    return _as_layer(a.to(dtype), torch.kron(b1.contiguous(), b2.contiguous()).to(dtype), factors.shape)
 
 
 def _product_or_whole(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
