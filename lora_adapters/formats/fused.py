@@ -215,4 +215,5 @@ def _scaled(part: LoraFactors, scaling: float) -> tuple[Tensor, float]:
     if power_of_two and torch.equal(exact.to(part.b.dtype).double(), exact):
         return exact.to(part.b.dtype), 0.0
     rounded = exact.to(wide)
-    return rounded, 0.0 if torch.equal(rounded.double(), exact) else 2.0**-24
+    unrounded = power_of_two and torch.equal(rounded.double(), exact)
+    return rounded, 0.0 if unrounded else torch.finfo(wide).eps / 2
