@@ -109,7 +109,8 @@ def _fields(component: str, modules: Mapping[str, LoraFactors]) -> dict[str, Any
         "lora_alpha": _number(alpha),
         "rank_pattern": _patterns(ranks, r, text),
         "alpha_pattern": {key: _number(value) for key, value in _patterns(alphas, alpha, text).items()},
-        "target_modules": exact_targets(short),
+        # A regular expression would not match the longer names; of CLIP's and T5's none ends another one.
+        "target_modules": sorted(short) if text else exact_targets(short),
         "use_rslora": first.rank_stabilised,
         "use_dora": first.magnitude is not None,
         "lora_bias": first.bias is not None,

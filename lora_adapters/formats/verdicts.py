@@ -5,6 +5,7 @@ By the sources of diffusers 0.42 (loaders/lora_conversion_utils.py, utils/peft_u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .portable import PortableAdapter
 from .source import open_source
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+_BLOCK = re.compile(r"(single_)?transformer_blocks\.")
 _LYCORIS = ("LoHa", "LoKr", "Tucker")
 
 
@@ -94,13 +96,9 @@ def _kohya_not_in_diffusers(adapter: PortableAdapter) -> Iterator[str]:
     if "DoRA" in adapter.kinds:
         yield f"load_lora_weights leaves DoRA's magnitudes out, with no more than a warning: {convert}"
     if adapter.family == "flux":
-        last = [
-            factors
-            for name, factors in adapter.components.get("transformer", {}).items()
-            if name in ("proj_out", "norm_out.linear")
-        ]
-        if any(factors.scaling != 1 for factors in last):
-            yield f"load_lora_weights applies the final layer at scale 1: {convert}"
+        layers = adapter.components.get("transformer", {})
+        if outside := [name for name in layers if not _BLOCK.match(name)]:
+            yield f"load_lora_weights passes over layers outside of the blocks ({outside[0]!r}), without a word: {convert}"
     else:
         for component, modules in adapter.components.items():
             yield from (f"{reason}: {convert}" for reason in _minority(component, modules))
