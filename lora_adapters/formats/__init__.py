@@ -9,6 +9,7 @@ from .conversion import Conversion, convert
 from .factors import Factors, LohaFactors, LokrFactors, LoraFactors
 from .families import FAMILIES, family_of
 from .low_rank import low_rank, truncated
+from .peft_layers import PeftForm, as_peft
 from .portable import PortableAdapter
 from .registry import detect, read, specs, write
 from .source import Source
@@ -21,8 +22,10 @@ __all__ = [
     "LohaFactors",
     "LokrFactors",
     "LoraFactors",
+    "PeftForm",
     "PortableAdapter",
     "Source",
+    "as_peft",
     "convert",
     "detect",
     "family_of",

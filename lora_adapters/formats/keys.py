@@ -37,7 +37,7 @@ _OTHERS = {
     ".b1.": "GLoRA",
     ".b2.": "GLoRA",
     ".on_input": "IA3",
-    ".bundle_emb.": "a textual inversion beside the adapter",
+    "bundle_emb.": "a textual inversion beside the adapter",
     ".lora_A.bias": "a bias of A",
 }
 

@@ -97,23 +97,42 @@ def _plain(factors: LoraFactors) -> LoraFactors:
 
 
 def _fields(component: str, modules: Mapping[str, LoraFactors]) -> dict[str, Any]:
-    # Ends of names that are right whether or not the encoder's class has a text_model.
-    text = component.startswith("text_encoder")
-    short = {without_text_model(name) if text else name: factors for name, factors in modules.items()}
-    ranks = {name: factors.rank for name, factors in short.items()}
-    alphas = {name: factors.alpha for name, factors in short.items()}
-    r, alpha = _most(ranks), _most(alphas)
-    first = next(iter(short.values()))
+    first = next(iter(modules.values()))
+    shared = lycoris_fields(component, modules)
     return {
-        "r": r,
-        "lora_alpha": _number(alpha),
-        "rank_pattern": _patterns(ranks, r, text),
-        "alpha_pattern": {key: _number(value) for key, value in _patterns(alphas, alpha, text).items()},
-        # A regular expression would not match the longer names; of CLIP's and T5's none ends another one.
-        "target_modules": sorted(short) if text else exact_targets(short),
+        **{"lora_alpha" if name == "alpha" else name: value for name, value in shared.items()},
         "use_rslora": first.rank_stabilised,
         "use_dora": first.magnitude is not None,
         "lora_bias": first.bias is not None,
+    }
+
+
+def lycoris_fields(
+    component: str,
+    modules: Mapping[str, Factors],
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Return the fields that LoHaConfig and LoKrConfig share, and LoraConfig but for the name of alpha.
+
+    Args:
+        component: the pipeline's part.
+        modules: module -> factors.
+        ranks, alphas: module -> its own, None for those of the factors.
+    """
+    # Ends of names that are right whether or not the encoder's class has a text_model.
+    text = component.startswith("text_encoder")
+    short = {name: without_text_model(name) if text else name for name in modules}
+    r = {short[name]: ranks[name] if ranks else factors.rank for name, factors in modules.items()}
+    alpha = {short[name]: alphas[name] if alphas else factors.alpha for name, factors in modules.items()}
+    most_r, most_alpha = _most(r), _most(alpha)
+    return {
+        "r": most_r,
+        "alpha": _number(most_alpha),
+        "rank_pattern": _patterns(r, most_r, text),
+        "alpha_pattern": {key: _number(value) for key, value in _patterns(alpha, most_alpha, text).items()},
+        # A regular expression would not match the longer names; of CLIP's and T5's none ends another one.
+        "target_modules": sorted(r) if text else exact_targets(r),
     }
 
 
