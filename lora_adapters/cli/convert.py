@@ -42,8 +42,7 @@ def command(
     from ..formats import convert
 
     output.say("converting")
-    options = dict(format=format, family=family, max_rank=max_rank)
-    made = convert(source, target, to, overwrite=overwrite, **options)
+    made = convert(source, target, to, format=format, family=family, max_rank=max_rank, overwrite=overwrite)
     output.show(asdict(made), lambda: _print(made))
 
 

@@ -83,8 +83,8 @@ def _portable(
 ) -> tuple[AdapterFacts, list[str], list[Verdict]]:
     from ..errors import UnsupportedError
     from ..formats import detect, read
-    from ..formats.facts import describe_portable
-    from ..formats.verdicts import judge_portable
+    from ..image_file_portability import judge_portable
+    from ..image_inspection import describe_portable
 
     if base is not None:
         raise UnsupportedError(

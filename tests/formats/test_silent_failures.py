@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lora_adapters import formats
 from lora_adapters.formats import PortableAdapter
 from lora_adapters.formats.kohya_file import KohyaFile
-from lora_adapters.formats.verdicts import judge_portable
+from lora_adapters.image_file_portability import judge_portable
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")

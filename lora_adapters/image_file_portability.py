@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..portability import Verdict
-from .factors import Factors
-from .portable import PortableAdapter
-from .source import open_source
+from .formats.factors import Factors
+from .formats.portable import PortableAdapter
+from .formats.source import open_source
+from .portability import Verdict
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.")

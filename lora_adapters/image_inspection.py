@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..inspection import AdapterFacts, LayerGroup, Norms, printable
-from ..norms import update_norm
-from ..tensor_file import NAMES
-from .factors import Factors
-from .low_rank import low_rank
-from .portable import PortableAdapter
+from .formats.factors import Factors
+from .formats.low_rank import low_rank
+from .formats.portable import PortableAdapter
+from .inspection import AdapterFacts, LayerGroup, Norms, printable
+from .norms import update_norm
+from .tensor_file import NAMES
 
 #: What says which program wrote a file -> its name.
 _WRITERS = (("software", "ai-toolkit"), ("ss_network_module", "kohya's sd-scripts, or in its manner"))
