@@ -68,7 +68,7 @@ class DiffusersFile:
         places = {name: place_of(name) for name in layers}
         if lost := [name for name, place in places.items() if place is None]:
             raise refused_keys(lost, source.origin)
-        family = family_in_metadata(source.metadata)
+        family = source.family or family_in_metadata(source.metadata)
         components: dict[str, dict[str, Factors]] = {}
         for name, place in places.items():
             assert place is not None

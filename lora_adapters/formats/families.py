@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,6 +165,11 @@ def _by_context(adapter: PortableAdapter, possible: tuple[str, ...]) -> str:
     return found if found in possible else ""
 
 
+#: What a header says of the base model, and of the file itself, which is another one now.
+_ABOUT_BASE = ("ss_v2", "ss_base_model_version", "ss_sd_model", "ss_new_sd_model", "modelspec.")
+_ABOUT_FILE = ("modelspec.hash_sha256", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+
+
 def header_entries(
     family: Family, adapter: PortableAdapter, module: str, arguments: Mapping[str, str]
 ) -> dict[str, str]:
@@ -177,23 +183,8 @@ def header_entries(
         module: ss_network_module.
         arguments: ss_network_args, "" for none.
     """
-    import json
-
-    kept = {key: value for key, value in adapter.metadata.items() if key.startswith(("ss_", "modelspec."))}
-    for stale in (
-        "modelspec.hash_sha256",
-        "ss_network_dim",
-        "ss_network_alpha",
-        "ss_network_args",
-        "ss_network_module",
-    ):
-        kept.pop(stale, None)
-    ranks = [factors.rank for _, _, factors in adapter]
-    alphas = [factors.scaling * factors.rank for _, _, factors in adapter]
-    own = {
-        "ss_network_module": module,
-        "ss_network_dim": str(max(set(ranks), key=ranks.count)),
-        "ss_network_alpha": f"{max(set(alphas), key=alphas.count):.17g}",
+    own = _about_network(adapter, module, arguments)
+    about_base = {
         "ss_v2": str(family.name == "sd2"),
         "ss_base_model_version": family.version,
         "modelspec.sai_model_spec": "1.0.1",
@@ -202,12 +193,20 @@ def header_entries(
         "modelspec.title": "LoRA",
         "modelspec.resolution": family.resolution,
     }
-    if arguments:
-        own["ss_network_args"] = json.dumps(dict(arguments))
-    fixed = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
-    if family_in_metadata(kept) == family.name:
-        own |= {key: value for key, value in kept.items() if key not in fixed}
-        return own
-    # Written for another family than the source's: what that said of its base is wrong now.
-    about_base = ("ss_v2", "ss_base_model_version", "ss_sd_model", "ss_new_sd_model", "modelspec.")
-    return own | {key: value for key, value in kept.items() if not key.startswith(about_base)}
+    kept = {key: value for key, value in adapter.metadata.items() if key.startswith(("ss_", "modelspec."))}
+    if family_in_metadata(kept) != family.name:
+        # Written for another family than the source's: what that said of its base is wrong now.
+        kept = {key: value for key, value in kept.items() if not key.startswith(_ABOUT_BASE)}
+    kept = {key: value for key, value in kept.items() if key not in _ABOUT_FILE}
+    return about_base | kept | own
+
+
+def _about_network(adapter: PortableAdapter, module: str, arguments: Mapping[str, str]) -> dict[str, str]:
+    ranks = [factors.rank for _, _, factors in adapter]
+    alphas = [factors.scaling * factors.rank for _, _, factors in adapter]
+    own = {
+        "ss_network_module": module,
+        "ss_network_dim": str(max(dict.fromkeys(ranks), key=ranks.count)),
+        "ss_network_alpha": f"{max(dict.fromkeys(alphas), key=alphas.count):.17g}",
+    }
+    return own | ({"ss_network_args": json.dumps(dict(arguments))} if arguments else {})

@@ -28,20 +28,23 @@ class Part:
         rank: 0 for a layer without an adapter.
         alpha, rank_stabilised: its own.
         dtype: torch's word for the dtype of both its factors.
+        scale: what its B was multiplied with.
     """
 
     rank: int
     alpha: float = 0.0
     rank_stabilised: bool = False
     dtype: str = "float32"
+    scale: float = 1.0
 
     @classmethod
-    def of(cls, factors: LoraFactors | None) -> Part:
-        """Describe one layer."""
+    def of(cls, factors: LoraFactors | None, scaling: float | None = None) -> Part:
+        """Describe one layer, joined under another scaling (None for its own)."""
         if factors is None:
             return cls(0)
         dtype = str(torch.promote_types(factors.a.dtype, factors.b.dtype)).removeprefix("torch.")
-        return cls(factors.rank, factors.alpha, factors.rank_stabilised, dtype)
+        scale = 1.0 if scaling is None else factors.scaling / scaling
+        return cls(factors.rank, factors.alpha, factors.rank_stabilised, dtype, scale)
 
 
 def rows(factors: Factors, start: int, stop: int) -> Factors:
@@ -115,9 +118,8 @@ def _as_recorded(part: Factors, record: Part) -> Factors:
     """Give a layer the alpha and dtype it had, and its B the scale that goes with them."""
     assert isinstance(part, LoraFactors)
     old = replace(part, alpha=record.alpha, rank_stabilised=record.rank_stabilised)
-    ratio = part.scaling / old.scaling if old.scaling else 1.0
     dtype = getattr(torch, record.dtype)
-    b = part.b if ratio == 1 else part.b.double() * ratio
+    b = part.b if record.scale == 1 else part.b.double() / record.scale
     return replace(old, a=part.a.to(dtype), b=b.to(dtype))
 
 
@@ -165,13 +167,13 @@ def join(parts: Sequence[Factors | None], sizes: Sequence[int]) -> tuple[LoraFac
     made = [None if part is None else low_rank(part) for part in parts]
     present = [part for part in made if part is not None]
     extras = {name: _extra(made, name) for name in ("magnitude", "bias")}
-    record = [Part.of(part) for part in made]
     first = present[0]
     if len(present) == len(made) and all(_same(first, part) for part in present):
         b = torch.cat([part.b for part in present])
-        return replace(first, b=b, **extras), record, 0.0
+        return replace(first, b=b, **extras), [Part.of(part) for part in made], 0.0
     rank = sum(part.rank for part in present)
     scaling = max(present, key=lambda part: sum(part.scaling == other.scaling for other in present)).scaling or 1.0
+    record = [Part.of(part, scaling) for part in made]
     blocks, error = zip(*(_scaled(part, scaling) for part in present), strict=True)
     dtype_a = reduce(torch.promote_types, (part.a.dtype for part in present))
     dtype_b = reduce(torch.promote_types, (block.dtype for block in blocks))

@@ -48,7 +48,7 @@ class KohyaFile:
     def read(self, source: Source) -> PortableAdapter:
         """Read it, with the family that its header says, or its layers' names and sizes."""
         layers = {kohya_name(name): layer for name, layer in layers_of(source.load(), source.origin).items()}
-        family = family_by_names(layers, source.metadata)
+        family = source.family or family_by_names(layers, source.metadata)
         places = {name: find(name, family) for name in layers}
         if lost := [name for name, place in places.items() if place is None]:
             raise refused_keys(lost, source.origin)
@@ -221,10 +221,10 @@ def _records(source: Source) -> dict[str, list[Part]]:
 
 def _is_record(value: object) -> bool:
     def part(entry: object) -> bool:
-        if type(entry) is not list or len(entry) != 4:
+        if type(entry) is not list or len(entry) != 5:
             return False
-        rank, alpha, stabilised, dtype = entry
+        rank, alpha, stabilised, dtype, scale = entry
         sized = type(rank) is int and 0 <= rank <= MAX_RANK and type(alpha) in (int, float) and abs(alpha) <= MAX_ALPHA
-        return sized and type(stabilised) is bool and dtype in _DTYPES
+        return sized and type(stabilised) is bool and dtype in _DTYPES and type(scale) is float and scale != 0
 
     return type(value) is list and all(part(entry) for entry in value)

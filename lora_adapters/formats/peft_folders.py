@@ -47,13 +47,15 @@ class PeftFolders:
             component = folder.name if folder != source.folder else _component(folder, modules)
             components[component] = {with_text_model(component, name): factors for name, factors in modules.items()}
             metadata |= {key: value for key, value in file.metadata.items() if key.startswith(("ss_", "modelspec."))}
-        adapter = PortableAdapter(components, "", metadata)
+        adapter = PortableAdapter(components, source.family, metadata)
         return PortableAdapter(components, family_of(adapter), metadata)
 
     def write(self, adapter: PortableAdapter, path: Path, family: str) -> tuple[str, ...]:
         """Write a folder with one for each component, all as one act; an existing folder of adapters is replaced."""
         made = {component: as_lora(component, modules) for component, modules in adapter.components.items()}
-        if path.exists() and any(path.iterdir()) and not all(COMPONENT.fullmatch(one.name) for one in path.iterdir()):
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"{path} is a file, and this format is a folder. Give another place.")
+        if path.exists() and not all(COMPONENT.fullmatch(one.name) for one in path.iterdir()):
             raise RequestError(f"{path} holds other files than adapters of components. Give a folder of its own.")
         metadata = header_entries(FAMILIES[family], adapter, "networks.lora", {}) if family in FAMILIES else {}
         with new_folder(path, replace=True) as place:

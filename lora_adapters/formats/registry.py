@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..adapter_file import PREFIX
 from ..errors import CheckpointError, RequestError
 from ..hooks.manager import plugins
 from ..hooks.specs import FormatSpec
@@ -66,6 +67,8 @@ def _detect(source: Source) -> str:
     for name in specs():
         if make(name).detect(source):
             return name
+    if any(key.startswith(PREFIX) for key in source.shapes):
+        raise CheckpointError(f"{source.origin} is a PEFT folder's weights, which need their config. Give the folder.")
     shown = ", ".join(list(source.shapes)[:3])
     raise CheckpointError(
         f"{source.origin} is of no known format ({', '.join(specs())}): its tensors are named {shown[:300]}... If it is an "
@@ -94,13 +97,12 @@ def read(
     """
     if family is not None:
         family_named(family)
-    opened = open_source(source, metadata)
+    opened = replace(open_source(source, metadata), family=family or "")
     name = format or _detect(opened)
     reader = make(name)
     if format is not None and not reader.detect(opened):
         raise RequestError(f"{opened.origin} is not of the format {format!r}. Leave out format to find which it is.")
-    adapter = reader.read(opened)
-    return adapter if family is None else replace(adapter, family=family)
+    return reader.read(opened)
 
 
 def write(

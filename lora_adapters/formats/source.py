@@ -30,6 +30,7 @@ class Source:
         metadata: the file's string entries. Untrusted.
         folder: the folder that is a PEFT folder, or holds one for each component; None for a file and for tensors.
         path: the file; None for tensors and folders.
+        family: what the caller says that it is for, "" if nothing.
         load: reads the values into CPU memory, each checked to be finite.
     """
 
@@ -39,6 +40,7 @@ class Source:
     load: Callable[[], Mapping[str, Tensor]]
     folder: Path | None = None
     path: Path | None = None
+    family: str = ""
 
 
 def open_source(source: str | Path | Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Source:

@@ -116,6 +116,14 @@ def test_elsewhere_it_is_lora_with_the_same_update_and_that_is_said(tmp_path, mo
     same_updates(adapter, back, 3e-7)
 
 
+def test_a_family_that_is_given_decides_what_a_layer_is():
+    """A projection around a small UNet's attention is a convolution in SD1 and linear in SDXL."""
+    name = "down_blocks.1.attentions.0.proj_in"
+    tensors = {f"lora_unet_{name.replace('.', '_')}{end}": t for end, t in formats_tensors(loha((24, 24))).items()}
+    assert formats.read(tensors, family="sd1").components["unet"][name].shape == (24, 24, 1, 1)
+    assert formats.read(tensors, family="sdxl").components["unet"][name].shape == (24, 24)
+
+
 def test_loha_of_a_fused_projection_is_split_exactly_and_lokr_as_lora(tmp_path):
     for make in (loha, lokr):
         name = "transformer_blocks.0.attn.to_q"

@@ -7,10 +7,14 @@ import torch
 
 pytest.importorskip("diffusers")
 from diffusers.loaders import lora_conversion_utils as stock
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from format_models import adapter_on, denoiser, layers
+from format_pipelines import adapter_for, sd3
 
+from lora_adapters.formats import PortableAdapter
 from lora_adapters.formats.families import FAMILIES
+from lora_adapters.formats.keys import factors_of, layers_of
 from lora_adapters.formats.kohya_file import KohyaFile
 from lora_adapters.formats.kohya_names import find, written
 from lora_adapters.formats.text_encoder_names import CLIP_NAMES, T5_NAMES
@@ -130,3 +134,38 @@ def test_diffusers_converts_every_flux_layer_to_ours():
         assert torch.equal(converted.pop(f"{key}.lora_A.weight"), factors.a), name
         assert torch.equal(converted.pop(f"{key}.lora_B.weight"), factors.b), name
     assert not converted
+
+
+class Loose(dict):
+    """A checkpoint in which everything that nothing was put into is zero."""
+
+    def pop(self, key, *default):
+        return super().pop(key, torch.zeros(6))
+
+
+@pytest.mark.parametrize("swapped", ["norm_out.linear", "transformer_blocks.1.norm1_context.linear", None])
+def test_sd3s_released_weights_are_converted_to_ours(swapped):
+    """Updates put into a released checkpoint by kohya's names, which diffusers then converts, are those of our layers."""
+    pipe = sd3()
+    adapter = adapter_for(pipe, "sd3", chosen=lambda name: swapped is None or name == swapped)
+    adapter = PortableAdapter({"transformer": adapter.components["transformer"]}, "sd3")
+    tensors = dict(KohyaFile().encode(adapter, "sd3").tensors)
+    released = Loose({"context_embedder.weight": torch.zeros(16, 8)})
+    released |= {f"joint_blocks.{block}.x_block.attn.qkv.weight": torch.zeros(48, 16) for block in (0, 1)}
+    released["joint_blocks.0.x_block.attn2.qkv.weight"] = torch.zeros(48, 16)
+    for name, layer in layers_of(tensors, "it").items():
+        dotted = RELEASES["sd3"].released.dotted(name.removeprefix("lora_unet_"))
+        released[f"{dotted}.weight"] = factors_of(layer, "it").update()
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(released)
+    assert converted.keys() >= {
+        key for key in pipe.transformer.state_dict() if key.endswith("weight") and "norm_" not in key
+    }
+    for name, factors in adapter.components["transformer"].items():
+        assert torch.allclose(converted[f"{name}.weight"], factors.update(), atol=1e-12), name
+    if swapped:
+        assert not torch.allclose(released_rows(tensors), adapter.components["transformer"][swapped].update())
+
+
+def released_rows(tensors):
+    (layer,) = layers_of(tensors, "it").values()
+    return factors_of(layer, "it").update()

@@ -208,6 +208,10 @@ def test_other_things(tmp_path):
         formats.read(tmp_path)
     with pytest.raises(CheckpointError, match="no known format"):
         formats.read({"model.layers.0.weight": values(2, 2)})
+    with pytest.raises(CheckpointError, match="Give the folder"):
+        formats.read({f"base_model.model.{NAME}.lora_A.weight": values(2, 8)})
+    with pytest.raises(RequestError, match="is a file"):
+        formats.write(formats.read(kohya()), tmp_path / "a.safetensors", "peft")
     with pytest.raises(RequestError, match="no format 'koya'"):
         formats.read(kohya(), format="koya")
     with pytest.raises(RequestError, match="not of the format 'peft'"):
@@ -244,7 +248,7 @@ def test_a_config_that_is_not_the_files(tmp_path):
 @given(st.data())
 def test_no_damage_gives_anything_but_our_errors(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "it.safetensors"
-    save_file(kohya(), path, metadata={"lora_adapters.fused": '{"x": [[1, 2.0, false, "float32"]]}'})
+    save_file(kohya(), path, metadata={"lora_adapters.fused": '{"x": [[1, 2.0, false, "float32", 1.0]]}'})
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -212,13 +212,12 @@ def test_dora_of_a_kohya_file(tmp_path):
     from format_models import lora, values
 
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    adapter = PortableAdapter({"unet": {name: lora((32, 32), magnitude=values(32) + 1)}}, "sd1")
-    formats.write(adapter, tmp_path / "kohya.safetensors", "kohya")
+    shapes = {name: (32, 32), "mid_block.resnets.0.conv1": (32, 32, 3, 3)}
+    modules = {name: lora(shape, magnitude=values(32) + 1) for name, shape in shapes.items()}
+    formats.write(PortableAdapter({"unet": modules}, "sd1"), tmp_path / "kohya.safetensors", "kohya")
     formats.convert(tmp_path / "kohya.safetensors", tmp_path / "ours.safetensors", to="diffusers")
-
-    def layer(pipe):
-        return pipe.unet.get_submodule(name)
-
-    assert not layer(load("sd1", tmp_path / "kohya.safetensors")).lora_magnitude_vector
-    magnitude = layer(load("sd1", tmp_path / "ours.safetensors")).lora_magnitude_vector["default_0"].weight
-    assert torch.equal(magnitude.detach().flatten(), values(32) + 1)
+    stock, ours = (load("sd1", tmp_path / f"{name}.safetensors").unet for name in ("kohya", "ours"))
+    for name in shapes:
+        assert not stock.get_submodule(name).lora_magnitude_vector
+        magnitude = ours.get_submodule(name).lora_magnitude_vector["default_0"].weight
+        assert torch.equal(magnitude.detach().flatten(), values(32) + 1)
