@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .adapter_file import VERSION_ENTRY
 from .formats.factors import Factors
 from .formats.low_rank import low_rank
 from .formats.portable import PortableAdapter
@@ -35,7 +36,7 @@ def describe_portable(adapter: PortableAdapter, path: Path, format: str) -> Adap
     return AdapterFacts(
         folder=str(path),
         format=format,
-        written_by=next((said for key, said in _WRITERS if key in metadata), "not said"),
+        written_by=_writer(metadata),
         base_model=base or None,
         base_revision=None,
         base_class=f"{adapter.family} ({', '.join(adapter.components)})"
@@ -60,6 +61,12 @@ def describe_portable(adapter: PortableAdapter, path: Path, format: str) -> Adap
     )
 
 
+def _writer(metadata: Mapping[str, str]) -> str:
+    if VERSION_ENTRY in metadata:
+        return f"lora_adapters {metadata[VERSION_ENTRY]}"
+    return next((said for key, said in _WRITERS if key in metadata), "not said")
+
+
 def _variants(adapter: PortableAdapter) -> tuple[str, ...]:
     said = {"DoRA": "DoRA", "Tucker": "Tucker cores"}
     found = [said[kind] for kind in adapter.kinds if kind in said]
@@ -75,7 +82,9 @@ def _groups(adapter: PortableAdapter) -> tuple[LayerGroup, ...]:
     members: dict[tuple[str, str, str], list[Factors]] = {}
     for component, module, factors in adapter:
         kind = {2: "linear", 3: "conv1d", 4: "conv2d"}.get(len(factors.shape), "conv3d")
-        last = ".".join(module.split(".")[-2:]) if module[-1].isdigit() else module.rpartition(".")[2]
+        last = module.rpartition(".")[2]
+        if last.isdigit():
+            last = ".".join(module.split(".")[-2:])
         members.setdefault((component, last, kind), []).append(factors)
     return tuple(
         LayerGroup(

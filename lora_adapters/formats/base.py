@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .. import __version__
+from ..adapter_file import VERSION_ENTRY
 from ..errors import CheckpointError
 from ..staging import write_file
 from ..tensor_file import check_finite
@@ -79,7 +81,7 @@ def write_encoded(encoded: Encoded, path: Path) -> tuple[str, ...]:
 
     def write(place: Path) -> None:
         try:
-            save_file(tensors, place, metadata=dict(encoded.metadata))
+            save_file(tensors, place, metadata={**encoded.metadata, VERSION_ENTRY: __version__})
         except SafetensorError as error:  # How it reports a full disk, among others.
             raise OSError(str(error)) from error
 

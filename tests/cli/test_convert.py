@@ -129,6 +129,7 @@ def test_inspect_knows_them(tmp_path, adapter, format):
     facts = facts_of("inspect", place, "--verify")
     assert facts["format"] == format
     assert facts["layers"] == 3
+    assert facts["written_by"].startswith("lora_adapters ") or format == "peft"
     assert facts["dtypes"] == {"F32": facts["values"]}
     groups = {group["name"]: group for group in facts["groups"]}
     assert groups["unet: to_k"]["scalings"] == [1.5]
