@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import plan as plan
     from .api import restore as restore
     from .errors import LoraAdaptersError as LoraAdaptersError
+    from .formats.conversion import convert as convert
     from .hooks import hookimpl as hookimpl
     from .merged_checkpoint import merge_checkpoint as merge_checkpoint
     from .optimization import optimize as optimize
@@ -20,6 +21,7 @@ _LAZY = {
     "Adapter": "adapter",
     "LoraAdaptersError": "errors",
     "attach": "api",
+    "convert": "formats.conversion",
     "hookimpl": "hooks",
     "load": "api",
     "merge_checkpoint": "merged_checkpoint",
@@ -32,6 +34,7 @@ __all__ = [
     "LoraAdaptersError",
     "__version__",
     "attach",
+    "convert",
     "hookimpl",
     "load",
     "merge_checkpoint",

@@ -221,7 +221,7 @@ def _foreign_error(keys: list[str]) -> CheckpointError:
     if not any(key.startswith(PREFIX) for key in keys):
         return CheckpointError(
             f"Tensor names must start with {PREFIX!r} as PEFT writes them; these don't: {shown}. If the file is of "
-            "another format (kohya, diffusers), convert it first."
+            "another format (kohya, diffusers), convert it first: lora-adapters convert FILE FOLDER --to peft."
         )
     return CheckpointError(
         f"The adapter file holds tensors that are not its own: {shown}. Loading them would overwrite base weights (or "

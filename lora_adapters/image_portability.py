@@ -27,6 +27,7 @@ _UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 _TEXT_ENCODER = re.compile(r"CLIPText|T5Encoder")
 #: The one model of diffusers whose layers ComfyUI knows by PEFT's names, and which of them are sure to be known.
 _COMFYUI_READS = "SD3Transformer2DModel"
+_MERGE = "merge it into its base and give ComfyUI the merged model"
 _COMFYUI_LAYER = re.compile(r"transformer_blocks\.\d+\.(attn|ff|ff_context)\..+")
 
 
@@ -75,6 +76,8 @@ def not_in_diffusers(file: AdapterFile) -> Iterator[str]:
     """Yield why `pipe.load_lora_weights(folder)` does not give what was trained."""
     on = trained_on(file)
     remedy = f"put it onto {_part(file, on)} with PeftModel.from_pretrained({_part(file, on)}, folder), in place"
+    if _convertible(file):
+        remedy = f"convert it (lora-adapters convert FOLDER FILE --to diffusers), or {remedy}"
     if on.library != "diffusers" and not on.text_encoder:
         yield f"it adapts {on}, and load_lora_weights loads adapters of a pipeline's denoiser and CLIP text encoders"
     elif on.name in _PIPELINE_READS:
@@ -120,6 +123,11 @@ def _part(file: AdapterFile, on: TrainedOn) -> str:
     return "pipe.unet" if unet else "pipe.transformer"
 
 
+def _convertible(file: AdapterFile) -> bool:
+    """Return True if the formats of diffusion models hold all of it."""
+    return not (file.saved or file.biases or file.tokens)
+
+
 def _scales(file: AdapterFile) -> str:
     """Return the factors of B @ A that are not 1, as text; "" if there are none."""
     scalings = file.config.scalings(file.config.ranks(file.modules)).values()
@@ -140,10 +148,10 @@ def not_in_comfyui(file: AdapterFile) -> Iterator[str]:
         yield (
             "ComfyUI does not know its tensors' names (base_model.model...), logs 'lora key not loaded' for each and "
             "goes on without them: it reads kohya's and diffusers' names, and PEFT's for diffusers' SD3 only. "
-            "Merge it into its base and give ComfyUI the merged model"
+            + ("Convert it: lora-adapters convert FOLDER FILE --to kohya" if _convertible(file) else _MERGE)
         )
     else:
-        merge = "merge it into its base and give ComfyUI the merged model"
+        merge = "convert it (lora-adapters convert FOLDER FILE --to kohya)" if _convertible(file) else _MERGE
         if scales := _scales(file):
             yield f"ComfyUI does not read the config, so it applies it at scale 1 instead of {scales}: {merge}"
         factors = {key for module in file.modules.values() for part, key in module.keys.items() if part in "ab"}

@@ -123,7 +123,7 @@ def describe(file: AdapterFile, tensors: Mapping[str, torch.Tensor]) -> AdapterF
     dtypes: dict[str, int] = {}
     for info in stored.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + prod(info.shape)
-    metadata = {_printable(key): _printable(value) for key, value in file.metadata.items()}
+    metadata = {printable(key): printable(value) for key, value in file.metadata.items()}
     return AdapterFacts(
         folder=str(file.folder),
         format="PEFT (safetensors)",
@@ -175,7 +175,7 @@ def _writer(metadata: Mapping[str, str], peft_version: str) -> str:
     return peft if peft_version else "another tool, or an old PEFT"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return text that can't steer a terminal, of a bounded length."""
     return "".join(character if character.isprintable() else "?" for character in text[:500])
 

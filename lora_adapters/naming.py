@@ -22,6 +22,16 @@ def target_modules_for(names: Iterable[str], universe: Iterable[str]) -> list[st
     return "|".join(_alternatives(wanted))
 
 
+def exact_targets(names: Iterable[str]) -> list[str] | str:
+    """Return what to write as target_modules for `names`, whatever other modules the model has.
+
+    Whole names, unless one has no dot: PEFT would also match it at the end of longer ones ("proj_out" in
+    "blocks.0.proj_out"), so that one regular expression says it.
+    """
+    wanted = set(names)
+    return sorted(wanted) if all("." in name for name in wanted) else "|".join(_alternatives(wanted))
+
+
 def patterns_for(names: Iterable[str], universe: Iterable[str]) -> list[str]:
     """Return keys for PEFT's rank_pattern or alpha_pattern that match `names` and nothing else of `universe`."""
     targets = target_modules_for(names, universe)

@@ -7,6 +7,8 @@ second rename fails, the old weights are put back. If the process is killed betw
 config of the weights now in place: reads take it from there (`interrupted_config`), the next write finishes the act and
 removes the stage. A running save locks its stage, so that only dead ones are removed.
 
+`write_file` writes a single file, completed in such a stage beside its place.
+
 `new_folder` makes a whole folder, which may take the place of another one: that one is moved into the stage, then the new
 one out of it. If the second rename fails, the old folder is put back. If the process is killed between the two, the next
 call finishes the act.
@@ -65,6 +67,30 @@ def write_files(folder: Path, writers: Writers) -> None:
             state = "The new weights are in place, and the next restore or save there completes the rest."
         raise CheckpointError(
             f"Saving to {folder} failed: {error}. {state} Free space or choose another folder, then save again."
+        ) from error
+
+
+def write_file(path: Path, writer: Callable[[Path], None]) -> None:
+    """Write one file as one act: completed beside its place, then renamed into it.
+
+    Args:
+        path: replaced if it is there; its folder is made if missing.
+        writer: writes the file at the path it is given.
+
+    Raises:
+        CheckpointError: writing failed (disk full, no permission, ...). What was there before is unchanged.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_litter(path)
+        with _stage(path.parent, _beside(path)) as stage:
+            writer(stage / path.name)
+            _complete(stage / path.name)
+            os.replace(stage / path.name, path)
+        _sync_or_warn(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"Writing {path} failed: {error}. What was there before is unchanged. Free space or choose another place."
         ) from error
 
 

@@ -22,6 +22,7 @@ _SECTIONS = {
         "eval": ("eval", "Measure the base and saved adapters on the same data."),
         "generate": ("generate", "Show what the base and saved adapters answer to the same prompts."),
         "inspect": ("inspect", "Show what an adapter file holds, check it, say where it loads."),
+        "convert": ("convert", "Write an image model's adapter in another format."),
         "merge": ("merge", "Merge a saved adapter into its base and write a plain model."),
         "push": ("push", "Upload an adapter to the Hub, or list what would go up."),
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,10 +45,71 @@ def command(
     max_lora_rank: int,
     output: Output,
 ) -> None:
-    """Show what the adapter in PATH (a folder, or a Hub name) holds, check it, and say where it loads.
+    """Show what the adapter in PATH (a folder, a file, or a Hub name) holds, check it, and say where it loads.
 
-    A damaged file is an error. No weight of a base model is read.
+    Knows PEFT folders, and the files of diffusion models' adapters: diffusers, kohya, LyCORIS, ai-toolkit. A damaged file is
+    an error. No weight of a base model is read.
     """
+    place = Path(path).expanduser()
+    if is_portable(place):
+        facts, checks, verdicts = _portable(place, verify, base, targets, output)
+    else:
+        facts, checks, verdicts = _peft(path, revision, verify, base, targets, max_lora_rank, output)
+    found: dict[str, Any] = asdict(facts)
+    if checks:
+        found["checks"] = checks
+    if verdicts:
+        found["for"] = {v.target: {"loads": v.loads, "reasons": v.reasons, "notes": v.notes} for v in verdicts}
+    output.show(found, lambda: _print(facts, checks, verdicts))
+    if not all(verdict.loads for verdict in verdicts):
+        raise click.exceptions.Exit(1)
+
+
+def is_portable(path: Path) -> bool:
+    """Return True for what is no single PEFT folder: a file, a folder with one, or with a PEFT folder for each component."""
+    from ..adapter_config import CONFIG_NAME, WEIGHTS_NAME
+
+    if not path.is_dir():
+        return path.is_file() and path.suffix == ".safetensors"
+    if any((path / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        return False
+    folders = [config.parent.name for config in path.glob(f"*/{CONFIG_NAME}")]
+    components = all(name.startswith(("unet", "transformer", "text_encoder")) for name in folders)
+    return components if folders else any(path.glob("*.safetensors"))
+
+
+def _portable(
+    path: Path, verify: bool, base: str | None, targets: tuple[str, ...], output: Output
+) -> tuple[AdapterFacts, list[str], list[Verdict]]:
+    from ..errors import UnsupportedError
+    from ..formats import detect, read
+    from ..image_file_portability import judge_portable
+    from ..image_inspection import describe_portable
+
+    if base is not None:
+        raise UnsupportedError(
+            f"{path} is no PEFT folder, and only those are checked against a base. Leave out --base."
+        )
+    output.say("reading the adapter")
+    format, adapter = detect(path), read(path)
+    checks = [
+        "header: keys, shapes, dtypes and ranks, every key of a known layer",
+        "values: finite",
+        "digest: none in the file, so whether its values are those that were saved can't be told",
+    ]
+    verdicts = [judge_portable(adapter, path, format, target) for target in dict.fromkeys(targets)]
+    return describe_portable(adapter, path, format), checks if verify else [], verdicts
+
+
+def _peft(
+    path: str,
+    revision: str | None,
+    verify: bool,
+    base: str | None,
+    targets: tuple[str, ...],
+    max_lora_rank: int,
+    output: Output,
+) -> tuple[AdapterFacts, list[str], list[Verdict]]:
     from ..checkpoint import inspect_adapter, read_adapter, resolve_adapter_path
     from ..inspection import describe, skeleton_for
     from ..portability import judge
@@ -60,15 +122,7 @@ def command(
         output.say("building the base model without its weights")
         model = skeleton_for(file, base)
     checks = _verify(file, model) if verify or base is not None else []
-    verdicts = [judge(file, target, model, max_lora_rank) for target in dict.fromkeys(targets)]
-    found: dict[str, Any] = asdict(facts)
-    if checks:
-        found["checks"] = checks
-    if verdicts:
-        found["for"] = {v.target: {"loads": v.loads, "reasons": v.reasons, "notes": v.notes} for v in verdicts}
-    output.show(found, lambda: _print(facts, checks, verdicts))
-    if not all(verdict.loads for verdict in verdicts):
-        raise click.exceptions.Exit(1)
+    return facts, checks, [judge(file, target, model, max_lora_rank) for target in dict.fromkeys(targets)]
 
 
 def _verify(file: AdapterFile, model: Any) -> list[str]:

@@ -18,7 +18,7 @@ import pluggy
 
 from ..errors import MissingDependencyError, PluginError, PluginWarning
 from . import HOOK_API, PROJECT, specs
-from .specs import BackendSpec, LayerSpec, QuantizerSpec, TargetMap, TrainerSpec
+from .specs import BackendSpec, FormatSpec, LayerSpec, QuantizerSpec, TargetMap, TrainerSpec
 
 
 @dataclass
@@ -226,15 +226,22 @@ class PluginManager:
         """Return the tasks that `train` can run, by name; as `quantizers` for names claimed twice."""
         return self._by_name("task", "task", self.collect("lora_adapters_trainers", TrainerSpec))
 
-    def _by_name(self, kind: str, attribute: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, tuple[str, Any]] = {}
+    def formats(self, taken: Iterable[str] = ()) -> dict[str, FormatSpec]:
+        """Return plugins' formats by name; as `quantizers` for names claimed twice, or that are `taken`."""
+        pairs = self.collect("lora_adapters_formats", FormatSpec)
+        return self._by_name("format", "name", pairs, dict.fromkeys(taken, ("lora_adapters", None)))
+
+    def _by_name(
+        self, kind: str, attribute: str, pairs: list[tuple[str, Any]], taken: dict[str, tuple[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        found: dict[str, tuple[str, Any]] = dict(taken or {})
         for name, spec in pairs:
             key = getattr(spec, attribute)
             if key in found:
                 self._fail(name, self._status[name].origin, f"{kind} {key!r} is already plugin {found[key][0]!r}'s")
                 continue
             found[key] = (name, spec)
-        return {key: spec for key, (_, spec) in found.items()}
+        return {key: spec for key, (_, spec) in found.items() if key not in (taken or {})}
 
     def layers(self) -> list[LayerSpec]:
         """Return the layer specs, the preferred one first."""

@@ -179,6 +179,26 @@ class TrainerSpec:
 
 
 @dataclass(frozen=True)
+class FormatSpec:
+    """A format that adapters of diffusion models are read from and written in.
+
+    Attributes:
+        name: the word a user writes in `convert(..., to=...)`.
+        summary: one line.
+        target: "package.module:Class" of a `lora_adapters.formats.Format`, imported on first use.
+    """
+
+    name: str
+    summary: str
+    target: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
+            raise PluginError(f"FormatSpec {self.name!r}: a name is lower-case words joined by '-'.")
+        _check_target(f"FormatSpec {self.name!r}", self.target)
+
+
+@dataclass(frozen=True)
 class PlanEdit:
     """A change to a plan, asked for by a plugin and made by the core.
 
@@ -258,6 +278,17 @@ def lora_adapters_trainers():
         @hookimpl
         def lora_adapters_trainers():
             return [TrainerSpec("my-task", "What it does.", "my_plugin.recipe:MyRecipe", "my_plugin.runner:MyRunner")]
+    """
+
+
+@hookspec
+def lora_adapters_formats():
+    """Return a list of FormatSpec. They are tried before the built-in formats, whose names they can't take.
+
+    Example:
+        @hookimpl
+        def lora_adapters_formats():
+            return [FormatSpec("my-format", "What writes it.", "my_plugin.files:MyFormat")]
     """
 
 
