@@ -17,11 +17,11 @@ from .errors import RequestError, StateError
 from .hooks.manager import plugins
 from .norms import update_norm
 from .saving import save_adapter
+from .snapshot import Changes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .snapshot import Changes
     from .targets import Kernels
 
 
@@ -38,6 +38,7 @@ class _State:
         self.peft_model = peft_model
         self.adapters: dict[str, Adapter] = {}
         self.changes: list[Changes] = []
+        self.marks = Changes()
 
     @classmethod
     def of(cls, base: nn.Module) -> _State | None:
@@ -141,6 +142,14 @@ class Adapter:
         values = torch.stack(norms)
         return {"mean": values.mean().item(), "max": values.max().item()}
 
+    def mark(self, attribute: str, value: Any) -> None:
+        """Set an attribute of the base that its framework looks for; it goes when the last adapter leaves the base.
+
+        For plugins, in the hook `lora_adapters_attached`.
+        """
+        self._state.marks.record(self.base, attribute)
+        vars(self.base)[attribute] = value
+
     # ---- switching ---------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -236,6 +245,7 @@ class Adapter:
             merge.unload(self.model)
             self._release_kernels()
             self._state.changes.clear()
+            self._state.marks.revert()
             _State.forget(base)
             self._base, self._merged_away = None, True
         plugins().notify("lora_adapters_merged", adapter=self, unload=unload)
@@ -261,6 +271,7 @@ class Adapter:
             self.unmerge()
         del state.adapters[self.name]
         if inject.adapter_names(base) == {self.name}:
+            state.marks.revert()
             for changes in reversed(state.changes):
                 changes.revert()
             _State.forget(base)

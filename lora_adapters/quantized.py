@@ -68,14 +68,18 @@ def assign_quantizers(
 
 def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
     """Return module name -> format of what `attach(model, quantization=...)` would quantize, on any device."""
+    return {name: quantizer.name for name, quantizer in quantizers_of(model, quantization).items()}
+
+
+def quantizers_of(model: nn.Module, quantization: Any) -> dict[str, Quantizer]:
+    """Return module name -> quantizer of what `attach(model, quantization=...)` would quantize, on any device."""
     base = unwrap(model)
     backend, _ = backend_for(base)
     info = ModelInfo(backend.name, backend.family(base), candidates(base), base)
     request = AttachRequest.make(quantization=quantization)
     trained = trained_names(base, backend.heads_to_train(base))
     classes = classify(backend, info, request)
-    _, quantizers = assign_quantizers(info, classes, request, trained, backend, tied_names(base))
-    return {name: quantizer.name for name, quantizer in quantizers.items()}
+    return assign_quantizers(info, classes, request, trained, backend, tied_names(base))[1]
 
 
 def _roles_to_quantize(wanted: Any, default_roles: tuple[str, ...], specs: Mapping[str, Any]) -> dict[str, Quantizer]:
