@@ -58,6 +58,11 @@ class _State:
 def peft_model_of(base: nn.Module) -> PeftModel | None:
     """Return the PeftModel that earlier calls put around `base`, or None."""
     state = _State.of(base)
+    if state is not None and not inject.adapter_names(base):
+        # Other code has taken every adapter off (diffusers' unload_lora_weights, say): nothing is left to take back.
+        state.marks.revert()
+        _State.forget(base)
+        return None
     return state.peft_model if state else None
 
 

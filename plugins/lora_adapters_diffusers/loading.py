@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from lora_adapters.device import pick_device
-from lora_adapters.errors import RequestError
+from lora_adapters.errors import CheckpointError, RequestError
 from lora_adapters.quantized import quantizers_of
+from lora_adapters.tensor_file import read_header
 from lora_adapters.weights import mark_quantized, quantize_modules
 
 
@@ -82,3 +84,65 @@ def quantize(model: nn.Module, quantization: Any) -> dict[str, str]:
     if quantizers:
         mark_quantized(model, next(iter(quantizers.values())))
     return {name: quantizer.name for name, quantizer in quantizers.items()}
+
+
+#: Beginning of what diffusers calls a single file's kind -> the pipeline that reads it.
+_SINGLE_FILES = {
+    "xl_base": "StableDiffusionXLPipeline",
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+}
+
+
+def load_pipeline(name: str, pipeline: str | None = None, **options: Any) -> Any:
+    """Load a pipeline from a folder, a single file (the form that UIs load) or the Hub.
+
+    Args:
+        name: path or Hub name.
+        pipeline: name of the class that reads a single file; None tells it from the file's tensors.
+        **options: passed to diffusers. A single file needs `config=`, a folder with the pipeline's configs, where there is
+            no network.
+
+    Raises:
+        RequestError: what a single file holds is not known.
+    """
+    import diffusers
+
+    if Path(name).is_file():
+        return getattr(diffusers, pipeline or _kind_of(Path(name))).from_single_file(name, **options)
+    return diffusers.DiffusionPipeline.from_pretrained(name, **options)
+
+
+def _kind_of(file: Path) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    kind = ""
+    if file.suffix == ".safetensors":
+        # It looks at names and shapes only, which the header has.
+        kind = infer_diffusers_model_type(read_header(file).tensors)
+    found = next((cls for start, cls in _SINGLE_FILES.items() if kind.startswith(start)), None)
+    if found is None:
+        raise RequestError(
+            f"Which pipeline {file} is for can't be told{f' (diffusers calls it {kind!r})' if kind else ''}: give "
+            "pipeline=, such as 'StableDiffusionPipeline'."
+        )
+    return found
+
+
+def adapter_path(name: str, weight_name: str, revision: str | None) -> Path:
+    """Return where an adapter's file or folder is; of one on the Hub its files are downloaded."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    wanted = [CONFIG_NAME, WEIGHTS_NAME, weight_name]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # its errors share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(
+            f"There is no file or folder {name!r} here, and the Hub gave no such adapter ({reason}). Check the path."
+        ) from error

@@ -1,0 +1,109 @@
+"""Adapters between the layers of a component and tensors: taking them out with a config that is true, and putting them in."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_adapters.adapter_file import PREFIX
+from lora_adapters.checkpoint import write_adapter
+from lora_adapters.errors import UnsupportedError
+from lora_adapters.inject import build_config
+from lora_adapters.planning import make_plan
+from lora_adapters.request import AttachRequest
+
+from . import weights_file
+
+#: Fields of a config that say what the layers compute, beside ranks and alphas.
+_CARRIED = ("use_rslora", "use_dora", "lora_bias")
+
+
+def carried_layers(model: nn.Module, name: str) -> dict[str, Any]:
+    """Return module name -> layer, of the layers that carry the adapter `name`."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return {n: layer for n, layer in layers.items() if name in layer.lora_A or name in layer.lora_embedding_A}
+
+
+def take_out(model: Any, name: str) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """Return an adapter's tensors, and a config made from the layers themselves.
+
+    Ranks are those of the tensors and alphas give the adapter's own scales, whatever weight it is set to now: a layer
+    that was padded or swapped is no longer what its old config says.
+
+    Raises:
+        UnsupportedError: diffusers' format has no place for what the adapter trained (biases, whole modules, embeddings).
+    """
+    config = model.peft_config[name]
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    if strange := [key for key in tensors if weights_file.module_of(key) == key]:
+        raise UnsupportedError(
+            f"diffusers' format holds LoRA on linear and convolution layers only, and this adapter has {strange[0]!r}. "
+            "Save it as a PEFT folder: adapter.save(folder)."
+        )
+    exact = {}
+    for module, layer in carried_layers(model, name).items():
+        rank = tensors[f"{module}.lora_B.weight"].shape[1]
+        if getattr(layer.get_base_layer(), "groups", 1) > 1:
+            raise UnsupportedError(
+                f"{module!r} is a convolution with groups, whose adapter stock diffusers can't load. Save it as a PEFT "
+                "folder (adapter.save(folder)), or leave it out of targets."
+            )
+        exact[module] = (rank, _alpha_for(layer, name, rank))
+    kept = {field: value for field in _CARRIED if (value := getattr(config, field))}
+    plan = make_plan(model, AttachRequest.make(exact=exact, dropout=config.lora_dropout, modules_to_save=(), **kept))
+    return tensors, build_config(model, plan)
+
+
+def _alpha_for(layer: Any, name: str, rank: int) -> float:
+    """Return the alpha that gives a layer's own scale at this rank."""
+    own, alpha = layer.r[name], layer.lora_alpha[name]
+    if own == rank:
+        return alpha
+    return alpha * math.sqrt(rank / own) if layer.use_rslora.get(name) else alpha * rank / own
+
+
+@contextmanager
+def as_folder(model: nn.Module, part: weights_file.Part) -> Iterator[Path]:
+    """Give a component's part of a file as a PEFT folder, which everything that restores checks in full."""
+    names = [name for name, _ in model.named_modules() if ".lora_" not in name and ".base_layer" not in name]
+    part = _renamed(part, set(names))
+    tensors = {PREFIX + key: value for key, value in part.tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_adapter(folder, weights_file.config_of(part, names), tensors)
+
+
+def _renamed(part: weights_file.Part, names: set[str]) -> weights_file.Part:
+    """Follow transformers 5, whose CLIP text model has lost the level `text_model`, in either direction."""
+    if names.issuperset(part.modules):
+        return part
+    level = "text_model."
+    for change in (lambda key: key.removeprefix(level), lambda key: level + key):
+        if names.issuperset(map(change, part.modules)):
+            tensors: Mapping[str, torch.Tensor] = {change(key): value for key, value in part.tensors.items()}
+            config = part.config and _renamed_config(part.config, change)
+            return weights_file.Part(tensors, config)
+    return part
+
+
+def _renamed_config(config: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    """Rename the keys of a config that are whole names; ends of names and expressions mean the same modules as before."""
+
+    def name(key: str) -> str:
+        return change(key) if key.startswith(("text_model.", "encoder.")) else key
+
+    out = dict(config)
+    if isinstance(out.get("target_modules"), list):
+        out["target_modules"] = [name(key) for key in out["target_modules"]]
+    for field in ("rank_pattern", "alpha_pattern"):
+        out[field] = {name(key): value for key, value in (out.get(field) or {}).items()}
+    return out
