@@ -10,14 +10,18 @@ import torch
 from torch import nn
 
 from lora_adapters.adapter_file import PREFIX, inspect_adapter, read_adapter
+from lora_adapters.attach_plan import AttachPlan
 from lora_adapters.errors import CheckpointError, StateError
+from lora_adapters.inject import build_config
 from lora_adapters.saving import checked_plan
 
-from .exchange import carried_layers, take_out
+from .exchange import carried_layers, plan_as_is
 
 
-def prepare_swap(model: Any, folder: Path, name: str) -> Callable[[], None]:
+def prepare_swap(model: Any, folder: Path, name: str) -> Callable[[], AttachPlan]:
     """Check that a PEFT folder's adapter can take the place of `name`; return the function that puts it there.
+
+    That function returns the plan of the layers as they are then.
 
     Layers that it does not adapt get B = 0. A smaller rank is padded with zeros. A larger one takes new tensors, unless
     the model was prepared for compiled swaps (`enable_lora_hotswap`), whose shapes must stay.
@@ -48,12 +52,14 @@ def prepare_swap(model: Any, folder: Path, name: str) -> Callable[[], None]:
                 "pipe.enable_lora_hotswap(target_rank=...) with the largest rank before the first adapter."
             )
 
-    def swap() -> None:
+    def swap() -> AttachPlan:
         for module, layer in layers.items():
             new = planned.get(module)
             a, b = (tensors.get(f"{PREFIX}{module}.lora_{f}.weight") for f in "AB") if new else (None, None)
             _fill(layer, name, a, b, new.scaling if new else 0.0)
-        model.peft_config[name] = take_out(model, name)[1]
+        now = plan_as_is(model, name)
+        model.peft_config[name] = build_config(model, now)
+        return now
 
     return swap
 

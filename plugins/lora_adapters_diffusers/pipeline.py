@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import nn
 
 import lora_adapters as la
 from lora_adapters.adapter import Adapter
-from lora_adapters.adapter_config import CONFIG_NAME
 from lora_adapters.errors import (
     CheckpointError,
     LoraAdaptersError,
@@ -27,9 +28,10 @@ from lora_adapters.inject import adapter_names, adopt, unwrap_empty
 from lora_adapters.optimization import OptimizeReport
 
 from . import loading, weights_file
-from .exchange import as_folder, take_out
+from .exchange import as_folders, take_out
 from .hotswap import prepare_swap
 from .marks import mark_loaded
+from .wrappers import plain, uncompiled, without_offload
 
 #: Names that pipelines give their denoisers.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "dit")
@@ -78,7 +80,7 @@ class LoraPipeline:
         """Return name -> module of the parts that can carry adapters, denoisers first."""
         names = sorted(self.pipe._lora_loadable_modules, key=lambda name: not _is_denoiser(name))
         found = {name: getattr(self.pipe, name, None) for name in names}
-        return {name: _plain(module) for name, module in found.items() if isinstance(module, nn.Module)}
+        return {name: plain(module) for name, module in found.items() if isinstance(module, nn.Module)}
 
     @property
     def denoiser(self) -> nn.Module:
@@ -139,7 +141,8 @@ class LoraPipeline:
 
         Args:
             rank, targets, **options: as for `lora_adapters.attach`; targets={"attention": 16, "conv": 8} adapts a UNet's
-                convolutions too. For other targets in another component call again with that one.
+                convolutions too. For other targets in another component call again with that one. "auto" means
+                attention in text encoders too, as in diffusers' scripts.
             components: names; None means the denoiser.
             adapter_name: one name for all components, free in each.
 
@@ -151,13 +154,11 @@ class LoraPipeline:
         """
         names = [next(iter(self.components))] if components is None else _as_list(components)
         chosen = {name: self._component(name) for name in names}
-        with self._without_offload():
+        with without_offload(self.pipe):
             return self._all_or_none(
-                (
-                    component,
-                    la.attach(module, rank=rank, targets=targets, adapter_name=adapter_name, **options),
-                )
+                (component, la.attach(module, rank=rank, targets=meant, adapter_name=adapter_name, **options))
                 for component, module in chosen.items()
+                for meant in ("attention" if targets == "auto" and not _is_denoiser(component) else targets,)
             )
 
     def _all_or_none(self, steps: Iterator[tuple[str, Adapter]]) -> dict[str, Adapter]:
@@ -193,39 +194,14 @@ class LoraPipeline:
             CheckpointError: damaged, incomplete, or made for another pipeline. UnsupportedError: another format.
         """
         with ExitStack() as stack:
-            folders = self._folders(stack, source, weight_name, revision)
-            stack.enter_context(self._without_offload())
+            folders = stack.enter_context(as_folders(self.components, source, weight_name, revision))
+            stack.enter_context(without_offload(self.pipe))
             made = self._all_or_none(
                 (component, la.restore(self._component(component), folder, adapter_name=adapter_name))
                 for component, folder in folders.items()
             )
             self._prepare_swaps(made)
         return made
-
-    def _folders(self, stack: ExitStack, source: Any, weight_name: str | None, revision: str | None) -> dict[str, Path]:
-        """Return component -> PEFT folder of what a source holds; temporary ones go with the stack."""
-        if isinstance(source, (str, Path)):
-            path = loading.adapter_path(str(source), weight_name or weights_file.WEIGHT_NAME, revision)
-            if (path / CONFIG_NAME).is_file():
-                return {self._component_for(path): path}
-            source = weights_file.find_file(path, weight_name)
-        parts = weights_file.read(source, self.components)
-        return {name: stack.enter_context(as_folder(self.components[name], part)) for name, part in parts.items()}
-
-    def _component_for(self, folder: Path) -> str:
-        """Return the component that a PEFT folder's adapter was made for."""
-        from lora_adapters.adapter_file import inspect_adapter
-        from lora_adapters.saving import checked_plan
-
-        file, reasons = inspect_adapter(folder), []
-        for name, module in self.components.items():
-            try:
-                checked_plan(module, file)
-            except LoraAdaptersError as error:
-                reasons.append(f"{name}: {error}")
-            else:
-                return name
-        raise CheckpointError(f"{folder} fits no component of this pipeline. {' '.join(reasons)}")
 
     @staticmethod
     def _prepare_swaps(made: Mapping[str, Adapter]) -> None:
@@ -296,11 +272,12 @@ class LoraPipeline:
         if not weights:
             raise RequestError("Name at least one adapter; pipe.disable_lora() turns all of them off.")
         self._refuse_fused("Set weights")
-        try:
-            # diffusers takes entries out of the mappings it is given.
-            self.pipe.set_adapters(list(weights), copy.deepcopy(list(weights.values())))
-        except ValueError as error:
-            raise RequestError(f"diffusers does not take these weights: {error}") from error
+        with uncompiled(self.pipe):
+            try:
+                # diffusers takes entries out of the mappings it is given.
+                self.pipe.set_adapters(list(weights), copy.deepcopy(list(weights.values())))
+            except ValueError as error:
+                raise RequestError(f"diffusers does not take these weights: {error}") from error
 
     def fuse(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Fold adapters into the base weights, with the weights they are set to: all layers or none.
@@ -321,7 +298,8 @@ class LoraPipeline:
         for layer in _layers(carriers.values()):
             adopt(layer)  # A stock layer would be unfused by subtraction, which does not give back the same bits.
         try:
-            self.pipe.fuse_lora(components=list(carriers), safe_fusing=True, adapter_names=names)
+            with uncompiled(self.pipe):
+                self.pipe.fuse_lora(components=list(carriers), safe_fusing=True, adapter_names=names)
         except Exception as error:
             self.unfuse()
             raise (
@@ -330,7 +308,9 @@ class LoraPipeline:
 
     def unfuse(self) -> None:
         """Give the base its own weights back, bit for bit."""
-        self.pipe.unfuse_lora(components=list(self.components))
+        with uncompiled(self.pipe), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already unmerged")
+            self.pipe.unfuse_lora(components=list(self.components))
 
     def _refuse_fused(self, what: str) -> None:
         if any(layer.merged for layer in _layers(self.components.values())):
@@ -340,7 +320,7 @@ class LoraPipeline:
         """Take one adapter off every component; where it was the last one, the base modules are as they were before."""
         self._refuse_fused("Delete")
         carriers = self._carriers(adapter_name)
-        with self._without_offload():
+        with without_offload(self.pipe):
             for component, module in carriers.items():
                 handle = self._handle(component, adapter_name)
                 if handle is not None:
@@ -371,15 +351,17 @@ class LoraPipeline:
         """
         carriers = self._carriers(adapter_name)
         with ExitStack() as stack:
-            folders = self._folders(stack, source, weight_name, None)
+            folders = stack.enter_context(as_folders(self.components, source, weight_name))
             if set(folders) != set(carriers):
                 raise CheckpointError(
                     f"The new adapter is for {sorted(folders)}, and {adapter_name!r} for {sorted(carriers)}: delete the "
                     "old one and load the new one."
                 )
-            swaps = [prepare_swap(carriers[component], folder, adapter_name) for component, folder in folders.items()]
-            for swap in swaps:
-                swap()
+            swaps = {c: prepare_swap(carriers[c], folder, adapter_name) for c, folder in folders.items()}
+            for component, swap in swaps.items():
+                plan = swap()
+                if (handle := self._handle(component, adapter_name)) is not None:
+                    handle.plan = replace(handle.plan, layers=plan.layers)
 
     def optimize(self) -> dict[str, OptimizeReport]:
         """Make the LoRA layers that stock code loaded compute faster; see `lora_adapters.optimize`. Component -> report."""
@@ -387,24 +369,6 @@ class LoraPipeline:
         if not carriers:
             raise RequestError("There is no adapter yet. Load one first; those that come later are covered too.")
         return {component: la.optimize(self.components[component]) for component in carriers}
-
-    @contextmanager
-    def _without_offload(self) -> Iterator[None]:
-        """Take offloading hooks off while layers change, and put them on again, as diffusers does."""
-        pipe = self.pipe
-        model, sequential, group = pipe._optionally_disable_offloading(pipe)
-        try:
-            yield
-        finally:
-            if model:
-                pipe.enable_model_cpu_offload()
-            elif sequential:
-                pipe.enable_sequential_cpu_offload()
-            elif group:
-                from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-
-                for component in self.components.values():
-                    _maybe_remove_and_reapply_group_offloading(component)
 
 
 def _check_pipeline(pipe: Any) -> None:
@@ -425,11 +389,6 @@ def _check_pipeline(pipe: Any) -> None:
 
 def _is_denoiser(name: str) -> bool:
     return name in DENOISERS
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """Return the model under torch.compile's wrapper."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _as_list(names: str | Iterable[str]) -> list[str]:

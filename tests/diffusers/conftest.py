@@ -1,6 +1,7 @@
 """The diffusers plugin, also where the installed entry points don't name it yet."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,11 @@ def register(module):
 
     if not any(spec.name == "diffusers" for spec in plugins().backends()):
         plugins().register(module, "diffusers")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The module that builds tiny pipelines, importable while a file's tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        yield importlib.import_module("pipelines")

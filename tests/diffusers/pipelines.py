@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from lora_adapters_diffusers import LoraPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -187,6 +188,13 @@ def flux() -> diffusers.FluxPipeline:
     )
 
 
+#: Text encoders that stock diffusers loads adapters for.
+ENCODERS = {
+    "sd": ["text_encoder"],
+    "sdxl": ["text_encoder", "text_encoder_2"],
+    "flux": ["text_encoder"],
+    "sd3": ["text_encoder", "text_encoder_2"],
+}
 BUILDERS = {"sd": sd, "sdxl": sdxl, "flux": flux, "sd3": sd3}
 
 
@@ -212,3 +220,47 @@ def image(pipe: Any, prompt: str = "a cat", **options: Any) -> torch.Tensor:
             **options,
         )
     return result.images
+
+
+# ---- what the tests do with them -------------------------------------------------------------------------------------
+
+
+def fill(model, seed=0, size=0.3):
+    """Give every B a random value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def close(ours, theirs, limit=1e-4):
+    difference = (ours - theirs).abs().max().item()
+    assert difference < limit, difference
+
+
+def differs(one, other):
+    return (one - other).abs().max().item() > 1e-3
+
+
+def denoiser_name(pipe):
+    return "unet" if "unet" in pipe.components else "transformer"
+
+
+def trained(kind, **options):
+    """Return a LoraPipeline with an adapter on the denoiser and on CLIP, with values."""
+    lora = LoraPipeline(build(kind))
+    lora.attach(components=[denoiser_name(lora.pipe), *ENCODERS[kind]], **{"rank": 4, **options})
+    for seed, name in enumerate(lora.adapters):
+        fill(lora.components[name], seed)
+    return lora
+
+
+def two(folder, kind="sd"):
+    """Save adapters "a" and "b" as files."""
+    for seed, (name, options) in enumerate({"a": dict(alpha=8), "b": dict(rank=2)}.items()):
+        lora = LoraPipeline(build(kind))
+        lora.attach(**{"rank": 4, **options})
+        fill(lora.denoiser, seed)
+        lora.save(folder / name)
+    return folder / "a", folder / "b"
