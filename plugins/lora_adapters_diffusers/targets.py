@@ -30,7 +30,10 @@ ATTENTION_LEAVES: tuple[tuple[str, str], ...] = (
     ("q", r"(^|\.)(to_q|to_query|query|q_linear|add_q_proj|q_proj(_cam)?)(_t)?$"),
     ("k", r"(^|\.)(to_k|to_key|key|k_linear|add_k_proj|k_proj(_cam)?)(_t)?$"),
     ("v", r"(^|\.)(to_v|to_value|value|v_linear|add_v_proj|v_proj(_cam)?)(_t)?$"),
-    ("o", r"(^|\.)(to_out(\.\d+)?|to_out_t|to_add_out|out_layer|proj|proj_attn|out_proj(_cam)?|(img|txt)_attn_proj)$"),
+    (
+        "o",
+        r"(^|\.)(to_out(_t|\.\d+)?|to_add_out|out_layer|c_proj|proj(_attn)?|out_proj(_cam)?|(img|txt)_attn_proj)$",
+    ),
 )
 
 #: Names that say "feed-forward" in a block that holds its own.

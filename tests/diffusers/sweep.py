@@ -22,7 +22,7 @@ from conftest import register
 from diffusers.models import transformers as transformer_modules
 from diffusers.models import unets as unet_modules
 from diffusers.models.modeling_utils import ModelMixin
-from sweep_check import CASES, WITHOUT, Outcome, check
+from sweep_check import CASES, EXPLAINED, WITHOUT, Outcome, check
 
 from lora_adapters.hooks.specs import ROLES
 
@@ -66,13 +66,13 @@ def table(outcomes: list[Outcome]) -> str:
         f"{torch.__version__.split('+')[0]}, PEFT {peft.__version__}.",
         "",
         *_EXPLANATION,
-        "| class | roles | default | verdict | unreached |",
-        "|---|---|---|---|---|",
+        "| class | roles | default | verdict | attentions | unreached |",
+        "|---|---|---|---|---|---|",
     ]
     for o in outcomes:
         roles = " ".join(f"{role} {o.roles[role]}" for role in ROLES if o.roles[role])
-        unreached = str(o.unreached) if o.verdict in ("ok", "wrong") else ""
-        lines.append(f"| {o.name} | {roles} | {o.default} | {o.verdict} | {unreached} |")
+        ran = f"{o.attentions} | {o.unreached}" if o.verdict in ("ok", "wrong") else " |"
+        lines.append(f"| {o.name} | {roles} | {o.default} | {o.verdict} | {ran} |")
     problems = [o for o in outcomes if o.problems]
     if problems:
         lines += ["", "## Why a class is not ok", "", *(f"- {o.name}: {'; '.join(o.problems)}" for o in problems)]
@@ -82,6 +82,7 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         *(f"- {n}: the model checked has no {' and no '.join(w)}" for n, w in WITHOUT.items()),
     ]
+    lines += [f"- `{name}`: {why}" for name, why in EXPLAINED.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -91,6 +92,8 @@ _EXPLANATION = (
     "other layer, for which all of this holds:",
     "",
     "- every layer has a role, and attention and mlp are found;",
+    "- a trace of one forward pass, which follows tensors from projection to projection without looking at a name, agrees",
+    "  on which layers make the queries, keys and values of the softmax attentions that it saw, and which read the result;",
     "- the forward pass is unchanged while B = 0, and changes when B is random;",
     "- A and B of every layer get a gradient, except where the bare model's own weight gets none either (`unreached`: the",
     "  last block's second stream, experts that no token chose, branches that these inputs don't take);",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,10 +16,15 @@ import torch
 from lora_adapters_diffusers.backend import DiffusersBackend
 from lora_adapters_diffusers.targets import TARGET_MAPS
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import lora_adapters as la
 from lora_adapters.targets import Classification, ModelInfo, candidates
+
+sys.path.append(str(Path(__file__).parents[1] / "transformers"))
+from sweep_compare import check_against_trace
+from sweep_trace import trace
 
 #: Class name -> {"config": keyword arguments, "inputs": the forward's, see `_value`}, from diffusers' own model tests
 #: (Apache-2.0), where it has some.
@@ -33,6 +40,7 @@ class Outcome:
     verdict: str
     roles: Counter[str] = field(default_factory=Counter)
     default: str = ""
+    attentions: int = 0
     unreached: int = 0
     problems: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
@@ -102,6 +110,8 @@ def _check(name: str) -> Outcome:
         return _structure_only(name)
     model, inputs = build(name)
     outcome = _outcome(name, model, "ok")
+    outcome.attentions, found = _check_trace(model, inputs)
+    outcome.problems += found
     reached = _weights_with_gradients(model, inputs)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
@@ -149,6 +159,23 @@ def _outcome(name: str, model: nn.Module, verdict: str) -> Outcome:
 
 #: What a class has none of.
 WITHOUT = {"UNet1DModel": ("attention", "mlp"), "UNet2DModel": ("mlp",)}
+
+
+#: Where roles and the trace differ on purpose: the difference -> why.
+EXPLAINED = {
+    r"single_transformer_blocks\.\d+\.proj_out: role mlp, the forward pass shows o": "it takes the results of attention and "
+    "of the feed-forward as one, and is called mlp",
+    r"\.(to_add_out|to_out_t|to_out\.0): role o, but no softmax attention uses it": "two streams attend as one, and the "
+    "trace follows the result to one of them",
+}
+
+
+def _check_trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, list[str]]:
+    """Compare roles with what one forward pass does: it follows tensors through softmax attention, blind to names."""
+    with sdpa_kernel(SDPBackend.MATH):
+        seen = trace(model, inputs)
+    problems = check_against_trace(model, *classify(model), seen)
+    return len(seen.attentions), [p for p in problems if not any(re.search(e, p) for e in EXPLAINED)]
 
 
 def _weights_with_gradients(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
