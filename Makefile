@@ -30,10 +30,12 @@ unit: $(VENV)/.dev
 kernels: $(VENV)/.dev
 	TRITON_INTERPRET=1 LORA_ADAPTERS_KERNELS=interpret OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/ops/kernels
 
-# Every model type that transformers registers and every module of timm, and the tables in docs/; `make test` runs a sample.
+# Every model type that transformers registers, every module of timm, every denoiser of diffusers, and their tables in docs/;
+# `make test` runs a sample of them.
 sweep: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers/sweep.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/timm/sweep.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/diffusers/sweep.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py

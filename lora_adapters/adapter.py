@@ -19,11 +19,11 @@ from .hooks.manager import plugins
 from .norms import update_norm
 from .quantized import unpack_read
 from .saving import save_adapter
+from .snapshot import Changes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .snapshot import Changes
     from .targets import Kernels
 
 
@@ -45,6 +45,7 @@ class _State:
         self.read: set[str] = set()
         # The base's own modules under those trained whole, by name: whoever replaces one takes the wrapper away too.
         self.originals: dict[str, nn.Module] = {}
+        self.marks = Changes()
 
     @classmethod
     def of(cls, base: nn.Module) -> _State | None:
@@ -69,6 +70,11 @@ def peft_model_of(base: nn.Module) -> PeftModel | None:
     """
     state = _State.of(base)
     if state is None:
+        return None
+    if not inject.adapter_names(base):
+        # Other code has taken every adapter off (diffusers' unload_lora_weights, say): nothing is left to take back.
+        state.marks.revert()
+        _State.forget(base)
         return None
     for adapter in state.adapters.values():
         wrappers.refuse_replaced(base, adapter.plan)
@@ -187,6 +193,14 @@ class Adapter:
         values = torch.stack(norms)
         return {"mean": values.mean().item(), "max": values.max().item()}
 
+    def mark(self, attribute: str, value: Any) -> None:
+        """Set an attribute of the base that its framework looks for; it goes when the last adapter leaves the base.
+
+        For plugins, in the hook `lora_adapters_attached`.
+        """
+        self._state.marks.record(self.base, attribute)
+        vars(self.base)[attribute] = value
+
     # ---- switching ---------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -286,6 +300,7 @@ class Adapter:
             merge.unload(self.model)
             self._release_kernels()
             self._state.changes.clear()
+            self._state.marks.revert()
             _State.forget(base)
             self._base, self._merged_away = None, True
         plugins().notify("lora_adapters_merged", adapter=self, unload=unload)
@@ -312,6 +327,7 @@ class Adapter:
             self.unmerge()
         del state.adapters[self.name]
         if inject.adapter_names(base) == {self.name}:
+            state.marks.revert()
             for changes in reversed(state.changes):
                 changes.revert()
             batch_norm.release(base)

@@ -212,7 +212,7 @@ def _inject_directly(model: nn.Module, plan: AttachPlan, peft_model: PeftModel |
     real = {field: getattr(config, field) for field in ("target_modules", "rank_pattern", "alpha_pattern")}
     config.target_modules, config.rank_pattern, config.alpha_pattern = DUMMY_TARGET_MODULES, {}, {}
     # PEFT freezes the base only while no layer carries an adapter, so its housekeeping comes before our layers.
-    first = peft_model is None
+    first = peft_model is None and not adapter_names(model)
     peft_model = _wrap(model, config, plan) if peft_model is None else _add(peft_model, config, name)
     for field, value in real.items():
         setattr(config, field, value)

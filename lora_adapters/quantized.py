@@ -108,6 +108,11 @@ def unpack_read(model: nn.Module, names: Iterable[str]) -> None:
 
 def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
     """Return module name -> format of what `attach(model, quantization=...)` would quantize, on any device."""
+    return {name: quantizer.name for name, quantizer in quantizers_of(model, quantization).items()}
+
+
+def quantizers_of(model: nn.Module, quantization: Any) -> dict[str, Quantizer]:
+    """Return module name -> quantizer of what `attach(model, quantization=...)` would quantize, on any device."""
     base = unwrap(model)
     backend, _ = backend_for(base)
     info = ModelInfo(backend.name, backend.family(base), candidates(base), base)
@@ -116,7 +121,7 @@ def quantized_layers(model: nn.Module, quantization: Any) -> dict[str, str]:
     classes = classify(backend, info, request)
     quantizers = assign_quantizers(info, classes, request, trained, backend, tied_names(base))
     leave_read_dense(quantizers, classes, set())
-    return {name: quantizer.name for name, quantizer in quantizers.items()}
+    return quantizers
 
 
 def _roles_to_quantize(wanted: Any, default_roles: tuple[str, ...], specs: Mapping[str, Any]) -> dict[str, Quantizer]:

@@ -20,6 +20,10 @@ class Changes:
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     values: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
 
+    def record(self, module: nn.Module, attribute: str) -> None:
+        """Remember an attribute of a module, or that it has none of its own, before it is set."""
+        self.attributes.append((vars(module), attribute, vars(module).get(attribute, _ABSENT)))
+
     def revert(self) -> None:
         """Set every changed attribute, child, hook and flag back; leave what was changed elsewhere alone."""
         for container, key, old in reversed(self.attributes):

@@ -50,8 +50,13 @@ class FusedForward(nn.Module):
 
         def _fused_forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None: ...
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return what PEFT's layer returns for the same arguments."""
+    def forward(self: Any, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what PEFT's layer returns for the same arguments.
+
+        x may come by the name that torch's layers have for it, `input`, which PEFT's layers don't know.
+        """
+        if x is None and "input" in kwargs:
+            x = kwargs.pop("input")
         if not (args or kwargs) and (names := self.ready_names(x)):
             y = self._fused_forward(x, names)
             if y is not None:

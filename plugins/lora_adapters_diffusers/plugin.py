@@ -1,0 +1,37 @@
+"""The hook implementations. Listing them imports neither torch nor diffusers."""
+
+from lora_adapters.hooks import hookimpl
+from lora_adapters.hooks.specs import BackendSpec
+
+LORA_ADAPTERS_HOOK_API = 1
+
+
+@hookimpl
+def lora_adapters_backends():
+    """Serve every class that lives in diffusers."""
+    return [
+        BackendSpec(
+            name="diffusers",
+            module_prefixes=("diffusers", "diffusers_modules"),
+            target="lora_adapters_diffusers.backend:DiffusersBackend",
+            requires=("diffusers",),
+            extra="diffusers",
+        )
+    ]
+
+
+@hookimpl
+def lora_adapters_target_maps():
+    """Give the roles of diffusers' modules."""
+    from .targets import TARGET_MAPS
+
+    return list(TARGET_MAPS)
+
+
+@hookimpl
+def lora_adapters_attached(adapter, plan):
+    """Let diffusers' own methods see the adapter."""
+    if plan.backend == "diffusers":
+        from .marks import mark_denoiser
+
+        mark_denoiser(adapter)
