@@ -22,7 +22,7 @@ from conftest import register
 from diffusers.models import transformers as transformer_modules
 from diffusers.models import unets as unet_modules
 from diffusers.models.modeling_utils import ModelMixin
-from sweep_check import CASES, EXPLAINED, WITHOUT, Outcome, check
+from denoiser_check import CASES, EXPLAINED, WITHOUT, Outcome, check
 
 from lora_adapters.hooks.specs import ROLES
 

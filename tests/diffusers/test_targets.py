@@ -34,7 +34,7 @@ def sweep():
     """The sweep's checks, importable while this file's tests run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
-        yield importlib.import_module("sweep_check")
+        yield importlib.import_module("denoiser_check")
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -212,7 +212,7 @@ def test_a_matrix_that_nobody_could_read_is_left_out(bases):
     model = AutoModelForSequenceClassification.from_pretrained(bases["bert"], num_labels=31)
     rows = datasets.Dataset.from_list([{"input_ids": [5, 6], "labels": 30}])
     measured = classification(model, rows, names, 4, collate_texts("right"), None)
-    assert [table.title for table in measured.tables] == ["Per class"]
+    assert [table.title for table in measured.tables] == ["Per class", "Most confused"]
 
 
 # ---- reward models ---------------------------------------------------------------------------------------------------
