@@ -19,10 +19,10 @@ import lora_adapters_diffusers.plugin
 import peft
 import torch
 from conftest import register
+from denoiser_check import CASES, EXPLAINED, WITHOUT, Outcome, check
 from diffusers.models import transformers as transformer_modules
 from diffusers.models import unets as unet_modules
 from diffusers.models.modeling_utils import ModelMixin
-from denoiser_check import CASES, EXPLAINED, WITHOUT, Outcome, check
 
 from lora_adapters.hooks.specs import ROLES
 
