@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -63,7 +64,7 @@ def training_transform(config: dict[str, Any], augmentation: Augmentation) -> An
         return evaluation_transform(config)
     try:
         _check_policy(augmentation.auto_augment or "")
-        return create_transform(
+        made = create_transform(
             input_size=config["input_size"],
             is_training=True,
             mean=config["mean"],
@@ -78,6 +79,8 @@ def training_transform(config: dict[str, Any], augmentation: Augmentation) -> An
             re_prob=augmentation.erasing,
             re_mode=augmentation.erasing_mode,
         )
+        _keep_a_bit(made)
+        return made
     except (AssertionError, KeyError, ValueError, IndexError, TypeError) as error:
         raise RequestError(
             f"augmentation.auto_augment: timm has no policy {augmentation.auto_augment!r} ({error or 'not known'}). Take "
@@ -92,6 +95,18 @@ def _check_policy(policy: str) -> None:
         for setting in settings:
             if not re.search(r"\d", setting) and not setting.startswith("t"):
                 raise ValueError(f"{setting!r} has no number")
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Let posterizing leave at least one bit of each channel, in place: timm also asks for none, where Pillow 13 raises."""
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Any, bits_to_keep: int, **options: Any) -> Any:
+    return posterize(image, max(1, bits_to_keep), **options)
 
 
 def evaluation_transform(config: dict[str, Any]) -> Any:
