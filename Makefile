@@ -45,7 +45,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/parity.py
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  $(BIN)/python benchmarks/layers.py && $(BIN)/python benchmarks/models.py; fi
+	  $(BIN)/python benchmarks/layers.py && $(BIN)/python benchmarks/models.py && $(BIN)/python benchmarks/unet.py; fi
 
 # The oldest supported versions (see tests/oldest.txt).
 test-oldest: .venv-oldest/.done

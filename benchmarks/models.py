@@ -1,12 +1,12 @@
 """A training step of whole models on a GPU: the frozen base, stock PEFT and ours, in turn.
 
-    python benchmarks/models.py [--models vit llama-1b llama-8b unet] [--weights bf16 nf4] [--rounds 7] [--json]
+    python benchmarks/models.py [--models vit llama-1b llama-8b] [--weights bf16 nf4] [--rounds 7] [--json]
 
-Random weights of the true shapes; rank 16 on every linear layer of attention and feed-forward (and of the UNet's
-attention). A step is forward, backward and fused AdamW; the base's is forward and backward down to the first layer.
+Random weights of the true shapes; rank 16 on every linear layer of attention and feed-forward. A step is forward,
+backward and fused AdamW; the base's is forward and backward down to the first layer.
 Each round runs every variant for several steps in turn, and a ratio is the median over rounds of two variants of the
 same round, so that a GPU whose clocks fall slows all of them. "autocast" is what Trainer does with bf16=True: adapters
-in fp32 under torch.autocast. The UNet needs diffusers.
+in fp32 under torch.autocast. UNets: benchmarks/unet.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import importlib.util
 import json
 import time
 import warnings
@@ -27,6 +26,7 @@ import torch
 from interleaved import median, ratio, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import lora_adapters
 from lora_adapters.weights import mark_quantized, quantize_modules, quantizer_for
@@ -40,7 +40,7 @@ class Shape:
 
     title: str
     make: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, torch.Tensor]]
+    inputs: Callable[[], dict[str, Any]]
     targets: str
     checkpointing: bool = False
 
@@ -88,32 +88,12 @@ def images(batch: int) -> Callable[[], dict[str, torch.Tensor]]:
     return lambda: {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.zeros(batch, dtype=torch.long)}
 
 
-def unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=64,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        block_out_channels=(320, 640, 1280, 1280),
-    )
-
-
-def latents() -> dict[str, torch.Tensor]:
-    return {
-        "sample": torch.randn(2, 4, 64, 64),
-        "timestep": torch.tensor([10, 500]),
-        "encoder_hidden_states": torch.randn(2, 77, 768),
-    }
-
-
 _LM = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 _VIT = r".*\.(query|key|value|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|output\.dense|intermediate\.dense)"
 SHAPES = {
     "vit": Shape("ViT-L/16, batch 64", vit(24, 1024, 16), images(64), _VIT),
     "llama-1b": Shape("1B Llama, 2 x 512", llama(16, 2048, 8192, 32, 8), tokens(2, 512), _LM),
     "llama-8b": Shape("8B Llama, 2 x 2048, checkpointing", llama(32, 4096, 14336, 32, 8), tokens(2, 2048), _LM, True),
-    "unet": Shape("SD1.5 UNet, batch 2, 512 px", unet, latents, r".*\.(to_q|to_k|to_v|to_out\.0)"),
 }
 TINY = {
     "vit": Shape("tiny ViT", vit(2, 32, 2), images(2), _VIT),
@@ -124,20 +104,18 @@ TINY = {
 class Step:
     """A training step of one variant."""
 
-    def __init__(self, model: nn.Module, shape: Shape, inputs: dict[str, torch.Tensor], autocast: bool) -> None:
-        self.model, self.inputs, self.device = model.train(), inputs, next(iter(inputs.values())).device.type
+    def __init__(self, model: nn.Module, shape: Shape, inputs: dict[str, Any], autocast: bool) -> None:
+        self.model, self.device = model.train(), next(iter(inputs.values())).device.type
         self.autocast = autocast
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if self.trained else None
-        floats = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
-        self.inputs = floats
+        self.inputs = tree_map(lambda v: v.to(torch.bfloat16) if v.is_floating_point() else v, inputs)
         first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         if not self.trained and first is not None:
             first.register_forward_hook(lambda module, args, output: output.requires_grad_())
         elif not self.trained:
-            self.inputs = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in floats.items()}
+            self.inputs = tree_map(lambda v: v.requires_grad_() if v.is_floating_point() else v, self.inputs)
         if shape.checkpointing:
-            getattr(model, "base_model", model)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def __call__(self, steps: int = 1) -> None:
@@ -221,13 +199,13 @@ def measure(shape: Shape, weights: str, args: argparse.Namespace) -> list[dict[s
             "ms/step": 1000 * median(rounds, name),
             "/ base": ratio(rounds, name, "base"),
             "/ PEFT": ratio(rounds, name, "PEFT, bf16" if name.endswith("bf16") else "PEFT, autocast"),
-            "peak GiB": _peak(step, args.device),
+            "peak GiB": peak(step, args.device),
         }
         for name, step in found.items()
     ]
 
 
-def _peak(step: Step, device: str) -> float | None:
+def peak(step: Step, device: str) -> float | None:
     """Return what a step allocates beyond all that is held between steps, weights of all variants included."""
     if device != "cuda":
         return None
@@ -255,8 +233,8 @@ def main() -> None:
         print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "torch", torch.__version__)
     for name in args.models:
         shape = (TINY if args.tiny else SHAPES).get(name)
-        if shape is None or (name == "unet" and importlib.util.find_spec("diffusers") is None):
-            print(f"{name}: left out ({'no tiny one' if shape is None else 'needs diffusers'})")
+        if shape is None:
+            print(f"{name}: left out (no tiny one)")
             continue
         for weights in args.weights:
             rows += measure(shape, weights, args)

@@ -54,6 +54,17 @@ def test_cpu_unet():
     assert_ratio(row["ours / PEFT"])
 
 
+def test_unet():
+    pytest.importorskip("diffusers")
+    variants = ["frozen base", "PEFT", "ours", "PEFT, NF4 linear", "ours, NF4"]
+    done = run("unet.py", "--models", "tiny", "--variants", *variants, "--rounds", "1", "--steps", "1", "--json")
+    rows = json.loads(done.stdout)
+    assert [row["variant"] for row in rows] == variants
+    for row in rows:
+        assert_ratio(row["/ frozen base"])
+        assert_ratio(row["/ PEFT"])
+
+
 def test_layers(tmp_path):
     table = tmp_path / "layers.md"
     done = run("layers.py", "--tiny", "--rounds", "2", "--device", "cpu", "--markdown", str(table), "--json")
