@@ -161,6 +161,8 @@ def merge_checkpoint(
         return _of_pipeline(str(base), *merge_pipeline(base, adapter, out, **chosen, say=say, show=say.show))
     if scale != 1 or family is not None:
         raise RequestError("scale and family are for diffusion models: a single file, or the folder of a pipeline.")
+    if base is None and Path(adapter).expanduser().is_file():
+        raise RequestError(f"{adapter} is one file, which does not name its base. Give it: base=... (--base).")
     folder = checked_folder(out, overwrite)
     file = inspect_adapter(resolve_adapter_path(adapter, adapter_revision))
     source = _source(base, file, revision, trust_remote_code, backend)

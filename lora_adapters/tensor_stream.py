@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _CHUNK = 16 * 2**20
 
-#: A tensor in float64 -> its new values, of the same shape.
+#: A tensor in float64, which may be changed in place -> its new values, of the same shape.
 Change = Callable[["Tensor"], "Tensor"]
 
 
@@ -110,7 +110,7 @@ def _changed(tensor: Tensor, change: Change | None, info: TensorInfo, key: str) 
     wide = tensor.double()
     finite = wide.isfinite().all()
     made = (change(wide) if change else wide).to(getattr(torch, torch_name(info.dtype)))
-    if finite and not made.double().isfinite().all():
+    if finite and not made.isfinite().all():
         raise MergeError(
             f"{key!r} would hold values that are not finite in {torch_name(info.dtype)}. Use a smaller scale, a dtype of "
             "wider range (bfloat16, float32), or another adapter. Nothing was written."

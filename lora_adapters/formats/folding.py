@@ -39,7 +39,7 @@ def folded(weight: Tensor, factors: Factors, scale: float = 1.0) -> Tensor:
         factors: of the same shape, or of the flattened one.
         scale: factor of the update.
     """
-    merged = weight + scale * factors.update().reshape(weight.shape)
+    merged = torch.add(weight, factors.update().reshape(weight.shape), alpha=scale)
     if factors.magnitude is None:
         return merged
     axis = 0 if factors.magnitude_axis == "output" else 1
@@ -56,12 +56,11 @@ class _Weight:
     scale: float
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        made = tensor.clone()
         for slot, factors in self.parts:
-            rows = slot.rows(made)
+            rows = slot.rows(tensor)
             new = folded(slot.turned(rows).reshape(slot.shape), factors, self.scale)
             rows.copy_(slot.turned(new).reshape(rows.shape))
-        return made
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,11 @@ class _Bias:
     scale: float
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        made = tensor.clone()
         for slot, factors in self.parts:
             assert factors.bias is not None
-            rows = slot.rows(made)
+            rows = slot.rows(tensor)
             rows += slot.turned(self.scale * factors.scaling * factors.bias.double())
-        return made
+        return tensor
 
 
 def changes(

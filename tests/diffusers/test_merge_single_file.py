@@ -6,13 +6,14 @@ import shutil
 import pytest
 import single_files
 import torch
+from click.testing import CliRunner
 from format_models import loha, lokr, lora, tucker, values
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_adapters as la
-from lora_adapters import formats
+from lora_adapters import cli, formats
 from lora_adapters.errors import CheckpointError, MergeError, RequestError, UnsupportedError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -201,6 +202,27 @@ def test_kohyas_file_and_a_file_of_16_bits(bases, tiny, tmp_path):
         pipe.vae.half().float(),
     )
     same_weights(stock(pipe, exact.folder, folder), merged_by_hand(pipe, adapter))
+
+
+def test_the_command_and_one_of_three_fused_layers(bases, tmp_path):
+    _, file, _ = bases["sdxl"]
+    adapter, out = tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors"
+    factors = lora((48, 48), seed=3)
+    name = "text_model.encoder.layers.1.self_attn.k_proj"
+    formats.write(formats.PortableAdapter({"text_encoder_2": {name: factors}}, "sdxl"), adapter, "kohya")
+    arguments = ["merge", str(adapter), str(out)]
+    without = CliRunner().invoke(cli.cli, arguments)
+    assert "does not name its base" in str(without.exception)
+    done = CliRunner().invoke(cli.cli, [*arguments, "--base", str(file), "--scale", "-0.5", "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert (said["model"], said["dtype"], said["layers"], said["folder"]) == ("sdxl", "float32", 1, str(out))
+    key = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"
+    before, after = load_file(file), load_file(out)
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {key}
+    expected = before[key].clone().double()
+    expected[48:96] -= 0.5 * factors.update()
+    assert torch.equal(after[key], expected.float())
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------------
