@@ -83,12 +83,12 @@ def merge_pipeline(
         if one:
             write_file(place, lambda path: plan.files[source.name].write(path, done))
         else:
-            _write_folder(plan, place, done)
+            _write_folder(plan, place, overwrite, done)
     return place, plan
 
 
-def _write_folder(plan: MergePlan, place: Path, done: Callable[[str], None]) -> None:
-    with new_folder(place, replace=True) as stage:
+def _write_folder(plan: MergePlan, place: Path, overwrite: bool, done: Callable[[str], None]) -> None:
+    with new_folder(place, replace=overwrite) as stage:
         try:
             for name in (*plan.files, *plan.copies, *plan.texts):
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,9 @@ def merged_by_hand(pipe, adapter, scale=1.0):
         with torch.no_grad():
             weight = layer.weight.double() + scale * factors.update()
             if factors.magnitude is not None:
-                norm = weight.flatten(1).norm(dim=1)
-                weight = weight * (factors.magnitude.double() / norm).reshape(-1, *[1] * (weight.dim() - 1))
+                first = weight if factors.magnitude_axis == "output" else weight.transpose(0, 1)
+                ratio = factors.magnitude.double() / first.flatten(1).norm(dim=1)
+                first *= ratio.reshape(-1, *[1] * (weight.dim() - 1))
             layer.weight.copy_(weight)
     return pipe
 
@@ -159,8 +160,11 @@ def test_every_kind_of_adapter_and_a_scale(bases, tiny, tmp_path):
     def cored(shape, seed):
         return (tucker if len(shape) > 2 else lora)(shape, seed=seed)
 
+    def inner(shape, seed):  # DoRA with a magnitude for each input, as older LyCORIS has it
+        return lora(shape, seed=seed, magnitude=1 + values(shape[1], seed=seed + 5), magnitude_axis="input")
+
     # CLIP's feed-forward is 37 wide here, which no Kronecker product is.
-    kinds, ends = (loha, kron, cored, dora), (*ATTENTION, *CONVOLUTIONS)
+    kinds, ends = (loha, kron, cored, dora, inner), (*ATTENTION, *CONVOLUTIONS)
     adapter = adapter_on(pipe, "sdxl", kinds, ends, clip=("q_proj", "k_proj", "v_proj", "out_proj"))
     formats.write(adapter, tmp_path / "adapter.safetensors", "lycoris")
     la.merge_checkpoint(file, tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors", scale=0.5)
@@ -172,10 +176,10 @@ def test_dora_as_stock_peft_fuses_it(bases, tiny, tmp_path):
     # On the UNet alone: transformers 5 loads a text encoder's magnitudes under names that it then does not find.
     adapter = adapter_on(pipe, "sd1", (dora,), (*ATTENTION, "conv1"), clip=("none",))
     formats.write(adapter, tmp_path / "adapter.safetensors", "diffusers")
-    la.merge_checkpoint(file, tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors")
+    la.merge_checkpoint(file, tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors", scale=0.5)
     fused = copy_of(pipe)
     fused.load_lora_weights(tmp_path / "adapter.safetensors")
-    fused.fuse_lora(components=["unet"])
+    fused.fuse_lora(components=["unet"], lora_scale=0.5)
     fused.unload_lora_weights()
     same_weights(stock(pipe, tmp_path / "merged.safetensors", folder), fused, 1e-5)
 
@@ -202,6 +206,24 @@ def test_kohyas_file_and_a_file_of_16_bits(bases, tiny, tmp_path):
         pipe.vae.half().float(),
     )
     same_weights(stock(pipe, exact.folder, folder), merged_by_hand(pipe, adapter))
+
+
+def test_older_checkpoints_of_sd1(bases, tmp_path):
+    pipe, file, _ = bases["sd1"]
+    formats.write(adapter_on(pipe, "sd1"), tmp_path / "adapter.safetensors", "kohya")
+    old = {key.replace(".text_model.", "."): value for key, value in load_file(file).items()}
+    save_file({**old, "model_ema.diffusion_modelout2weight": torch.ones(2)}, tmp_path / "old.safetensors")
+    plain = la.merge_checkpoint(file, tmp_path / "adapter.safetensors", tmp_path / "plain.safetensors")
+    made = la.merge_checkpoint(
+        tmp_path / "old.safetensors", tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors"
+    )
+    assert "model_ema" in made.notes[-1]
+    assert not plain.notes
+    merged = load_file(made.folder)
+    assert torch.equal(merged.pop("model_ema.diffusion_modelout2weight"), torch.ones(2))
+    wanted = {key.replace(".text_model.", "."): value for key, value in load_file(plain.folder).items()}
+    assert merged.keys() == wanted.keys()
+    assert all(torch.equal(merged[key], wanted[key]) for key in merged)
 
 
 def test_the_command_and_one_of_three_fused_layers(bases, tmp_path):
@@ -239,7 +261,6 @@ def test_a_merged_folder_makes_the_image_of_the_adapted_pipeline(bases, tiny, tm
     shutil.rmtree(base / "unet")
     pipe.unet.save_pretrained(base / "unet", max_shard_size="200KB")
     copy_of(pipe).unet.half().save_pretrained(base / "unet", variant="fp16")
-    copy_of(pipe).text_encoder.save_pretrained(base / "old", safe_serialization=True)
     (base / "unet/diffusion_pytorch_model.bin").write_bytes(b"the weights from before")
     shutil.copy(file, base / "sdxl.safetensors")
     adapter = adapter_on(pipe, "sdxl", ends=(*ATTENTION, *CONVOLUTIONS), alpha=2.0)
@@ -275,6 +296,13 @@ def test_the_folder_of_a_denoiser_and_another_dtype(bases, tmp_path):
     merged = type(pipe.unet).from_pretrained(tmp_path / "unet")
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(value, by_hand.unet.state_dict()[name], rtol=2e-6, atol=2e-6)
+
+    before = everything(tmp_path / "unet")
+    with pytest.raises(RequestError, match="holds files already"):
+        la.merge_checkpoint(folder / "unet", tmp_path / "adapter.safetensors", tmp_path / "unet", scale=0.5)
+    assert everything(tmp_path / "unet") == before
+    la.merge_checkpoint(folder / "unet", tmp_path / "adapter.safetensors", tmp_path / "unet", scale=0.5, overwrite=True)
+    assert everything(tmp_path / "unet") != before
 
     half = la.merge_checkpoint(folder, tmp_path / "adapter.safetensors", tmp_path / "half", dtype=torch.bfloat16)
     assert half.dtype == "bfloat16"
