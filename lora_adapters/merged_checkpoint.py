@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -13,18 +12,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import merge
 from .adapter_file import PREFIX, AdapterFile, inspect_adapter, read_adapter
 from .api import framework_bars, loader_for, progress_bar, restore
-from .budget import format_size
 from .checkpoint import resolve_adapter_path
-from .errors import CheckpointError, DoesNotFitError, LoraAdaptersError, RequestError, UnsupportedError
+from .errors import CheckpointError, LoraAdaptersError, RequestError, UnsupportedError
+from .merge_place import check_apart, check_space, checked_folder
+from .merged_pipeline import is_diffusion, merge_pipeline
 from .saving import checked_plan
-from .staging import new_folder, remove_litter
+from .staging import new_folder
+from .tensor_file import torch_name
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-#: What makes a folder look like a model, so that it may be replaced when that was asked for.
-_MARK = "config.json"
+    from .formats.merging import MergePlan
+
 #: What a backend must have, beside `load`.
 _METHODS = ("skeleton", "adapter_options", "beside", "new_weights", "save")
 
@@ -60,14 +61,14 @@ class MergedCheckpoint:
     """What `merge_checkpoint` wrote.
 
     Attributes:
-        folder: where it is.
+        folder: where it is; the file, where the base is one file.
         base: the base that was loaded.
         base_from: "argument", or "adapter" if the adapter's config named it.
-        model: the model's class.
-        dtype: dtype of its weights.
+        model: the model's class; a diffusion model's family.
+        dtype: dtype of its weights; of a diffusion model's that were merged into.
         layers: how many layers an adapter was merged into.
         trained: modules that came whole from the adapter's file, such as a new head.
-        copied: names of the tokenizer's and the processor's files beside it.
+        copied: names of the tokenizer's and the processor's files beside it; of a pipeline's files that are as they were.
         nbytes: bytes of the folder.
         notes: things worth knowing.
     """
@@ -112,9 +113,15 @@ def merge_checkpoint(
     device: str = "cpu",
     overwrite: bool = False,
     progress: bool | None = None,
+    scale: float = 1.0,
+    family: str | None = None,
     **options: Any,
 ) -> MergedCheckpoint:
     """Merge a saved adapter into its base and write a plain model that the base's framework loads.
+
+    A base may also be a checkpoint of Stable Diffusion, SDXL, SD3 or Flux in one safetensors file, as UIs load it, or the
+    folder of a diffusers pipeline or denoiser, with an adapter of any format of `lora_adapters.formats`: it is then written
+    tensor by tensor under the same names, and what the adapter does not touch keeps its bits.
 
     The adapter's files, the place for the result and the base's layers are checked before a weight of the base is read.
     W + scaling * B @ A is summed in float32. The folder appears complete or not at all.
@@ -122,16 +129,19 @@ def merge_checkpoint(
     Args:
         base: Hub name or folder of the model that the adapter was trained on, dense; None takes what the adapter's
             config names.
-        adapter: folder of a saved adapter, or a Hub name.
-        out: folder to write; it must not exist, or be empty.
+        adapter: folder of a saved adapter, or a Hub name. For a diffusion model a file or a folder.
+        out: folder to write; it must not exist, or be empty. The file to write, where the base is one file.
         dtype: dtype to load the base in and to write; "auto" takes the checkpoint's.
         backend: "transformers", ...; None takes the first that can load the base.
         revision: Hub revision of the base.
         adapter_revision: Hub revision of the adapter.
         trust_remote_code: run code that the base brings. Off unless you trust its author.
         device: where to merge: "cpu", "cuda", "auto".
-        overwrite: let `out`, if it is a model's folder, make way for the result once that is complete.
+        overwrite: let `out`, if it is a model, make way for the result once that is complete.
         progress: say on stderr how far it is; None does in a terminal.
+        scale: factor of the adapter, for diffusion models.
+        family: what an adapter of a diffusion model is for, where neither its file nor the base tells: "sd1", "sd2", "sdxl",
+            "sd3" or "flux".
         **options: passed to `load`, such as `task="image-classification"` for transformers, if the adapter does not say.
 
     Returns:
@@ -141,18 +151,28 @@ def merge_checkpoint(
         RequestError: a wrong argument, or `out` is not free.
         CheckpointError: the adapter is damaged or made for another model, or writing failed.
         UnsupportedError: the backend can't write merged models, or the base is stored quantized.
+        MergeError: the merged values are not finite.
         DoesNotFitError: too little memory, or too little space on the disk. `out` is as it was in each case.
     """
-    folder = _checked_place(out, overwrite)
+    if base is not None and backend in (None, "diffusers") and is_diffusion(base):
+        _check_local(revision, adapter_revision, trust_remote_code, device, options)
+        say = _Lines(progress)
+        chosen: dict[str, Any] = {"dtype": dtype, "scale": scale, "family": family, "overwrite": overwrite}
+        return _of_pipeline(str(base), *merge_pipeline(base, adapter, out, **chosen, say=say, show=say.show))
+    if scale != 1 or family is not None:
+        raise RequestError("scale and family are for diffusion models: a single file, or the folder of a pipeline.")
+    if base is None and Path(adapter).expanduser().is_file():
+        raise RequestError(f"{adapter} is one file, which does not name its base. Give it: base=... (--base).")
+    folder = checked_folder(out, overwrite)
     file = inspect_adapter(resolve_adapter_path(adapter, adapter_revision))
     source = _source(base, file, revision, trust_remote_code, backend)
-    _check_apart(folder, (Path(source.name), file.folder, Path.cwd()))
+    check_apart(folder, (Path(source.name), file.folder, Path.cwd()))
     loader = _loader(source)
     options = loader.adapter_options(source.name, file, **source.source, **options)
     skeleton = loader.skeleton(source.name, dtype=dtype, **source.source, **options)
     plan = checked_plan(skeleton, file)
     read_adapter(file)
-    _check_space(folder, skeleton)
+    check_space(folder, sum(p.numel() * p.element_size() for p in skeleton.parameters()))
     copies = loader.beside(
         source.name,
         str(file.folder if Path(adapter).expanduser().is_dir() else adapter),
@@ -183,34 +203,34 @@ def merge_checkpoint(
     )
 
 
-def _checked_place(out: str | Path, overwrite: bool) -> Path:
-    """Return the folder to write, links resolved."""
-    folder = Path(os.path.realpath(Path(out).expanduser()))
-    remove_litter(folder)
-    if not os.path.lexists(folder):
-        return folder
-    if not folder.is_dir():
-        raise RequestError(f"{out} is a file. Give a folder that does not exist yet.")
-    if os.path.ismount(folder):
-        raise RequestError(f"{out} is a disk of its own, which can't be put in place as one act. Give a folder in it.")
-    if not any(folder.iterdir()):
-        return folder
-    if not overwrite:
+def _check_local(
+    revision: str | None, adapter_revision: str | None, trust_remote_code: bool, device: str, options: Mapping[str, Any]
+) -> None:
+    """Raise if what is only for other models was given for a diffusion model, which is merged on the CPU."""
+    given = {"revision": revision, "adapter_revision": adapter_revision, "trust_remote_code": trust_remote_code}
+    given |= {"device": device not in ("cpu", "auto"), **options}
+    if wrong := [name for name, value in given.items() if value]:
         raise RequestError(
-            f"{out} holds files already. Give a folder that does not exist yet, or overwrite=True (--overwrite) to "
-            "replace the model in it."
+            f"{wrong[0]} has no meaning for a diffusion model, whose files are merged on the CPU as they are. Leave it out."
         )
-    if not (folder / _MARK).is_file():
-        raise RequestError(f"{out} holds files, but no model ({_MARK}), so it is not replaced. Give another folder.")
-    return folder
 
 
-def _check_apart(folder: Path, others: tuple[Path, ...]) -> None:
-    for other in others:
-        if folder.is_dir() and other.is_dir() and other.resolve().is_relative_to(folder):
-            raise RequestError(
-                f"{folder} holds {other}, which is needed, so it can't be replaced. Give another folder."
-            )
+def _of_pipeline(base: str, place: Path, plan: MergePlan) -> MergedCheckpoint:
+    changed = [(file, key) for file in plan.files.values() for key in file.changes]
+    kinds = dict.fromkeys(file.dtype or torch_name(file.header.tensors[key].dtype) for file, key in changed)
+    size = sum(path.stat().st_size for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file())
+    return MergedCheckpoint(
+        folder=place,
+        base=base,
+        base_from="argument",
+        model=plan.family or "diffusion model",
+        dtype=", ".join(kinds),
+        layers=plan.layers,
+        trained=(),
+        copied=tuple(plan.copies),
+        nbytes=size,
+        notes=plan.notes,
+    )
 
 
 def _source(
@@ -245,17 +265,6 @@ def _loader(source: _Base) -> Any:
             "lora_adapters.restore(model, adapter).merge(unload=True), and save the model as its framework does."
         )
     return loader
-
-
-def _check_space(folder: Path, skeleton: nn.Module) -> None:
-    place = next(parent for parent in folder.parents if parent.exists())
-    needed = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise DoesNotFitError(
-            f"The merged model takes {format_size(needed)}, and {format_size(free)} are free on the disk of {place}. "
-            "Free space, choose another folder, or a smaller dtype (bfloat16)."
-        )
 
 
 def _check_weights_known(loader: MergingBackend, model: nn.Module, file: AdapterFile, base: str) -> None:

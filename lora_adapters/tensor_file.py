@@ -39,6 +39,11 @@ _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 NAMES = {name: dtype for dtype, name in _TORCH.items()}
 
 
+def torch_name(dtype: str) -> str:
+    """Return torch's word for a safetensors dtype, such as "float16" for "F16"."""
+    return _TORCH[dtype]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a header: safetensors dtype, shape, and where its bytes lie behind the header."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("adapter")
 @click.argument("out")
-@click.option("--base", help="Folder or Hub name of the base; what the adapter's config names if left out.")
+@click.option("--base", help="Folder, file or Hub name of the base; what the adapter's config names if left out.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="cpu", show_default=True, help='Where to merge: "cpu", "cuda", "auto".')
 @click.option("--task", help='"causal-lm", "text-classification", ...; what the adapter says if left out.')
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Factor of a diffusion model's adapter.")
+@click.option("--family", help="What that is for, where its file does not tell: sd1, sd2, sdxl, sd3 or flux.")
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUT, once the new one is complete.")
 @click.option("--backend", help="Who loads the base; the first that can if left out.")
 @click.option("--revision", help="Hub revision of the base.")
@@ -41,6 +43,9 @@ def command(adapter: str, out: str, base: str | None, task: str | None, output: 
 
     Everything is checked before the base's weights are read. OUT appears complete or not at all, with the tokenizer's
     and the processor's files beside the model.
+
+    For a diffusion model, ADAPTER is a file or a folder of any format, and BASE a checkpoint in one safetensors file (OUT is
+    then a file too) or a diffusers folder.
     """
     show = not (output.quiet or output.as_json)
     _quieten(show)
