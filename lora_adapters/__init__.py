@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .api import load as load
     from .api import plan as plan
     from .api import restore as restore
+    from .cuda_graphs import GraphedLoss as GraphedLoss
     from .errors import LoraAdaptersError as LoraAdaptersError
     from .formats.conversion import convert as convert
     from .hooks import hookimpl as hookimpl
@@ -19,6 +20,7 @@ __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "Adapter": "adapter",
+    "GraphedLoss": "cuda_graphs",
     "LoraAdaptersError": "errors",
     "attach": "api",
     "convert": "formats.conversion",
@@ -31,6 +33,7 @@ _LAZY = {
 }
 __all__ = [
     "Adapter",
+    "GraphedLoss",
     "LoraAdaptersError",
     "__version__",
     "attach",
