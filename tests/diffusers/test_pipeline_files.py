@@ -11,6 +11,7 @@ from lora_adapters_diffusers import LoraPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lora_adapters.errors import CheckpointError, UnsupportedError
 
@@ -104,13 +105,13 @@ def test_silent_failure_2_a_peft_folder(tiny, tmp_path):
 def test_the_level_text_model_of_other_versions_of_transformers(tiny, tmp_path):
     lora = tiny.trained("sd")
     lora.save(tmp_path / "mine.safetensors")
-    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    old = {key.replace("text_encoder.encoder.", "text_encoder.text_model.encoder."): v for key, v in tensors.items()}
-    assert old.keys() != tensors.keys()
-    ours = LoraPipeline(tiny.build("sd"))
-    ours.load(old)
-    tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
+    tensors = load_file(tmp_path / "mine.safetensors")
+    new = {key.replace("text_encoder.text_model.", "text_encoder."): value for key, value in tensors.items()}
+    assert new.keys() != tensors.keys()
+    for state in (tensors, new):
+        ours = LoraPipeline(tiny.build("sd"))
+        ours.load(state)
+        tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -122,9 +123,9 @@ def test_files_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="another pipeline"):
         flux.load(tmp_path / "sd")
     lora = LoraPipeline(tiny.build("sd"))
-    with pytest.raises(UnsupportedError, match="not in diffusers' format"):
-        lora.load({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(2, 2)})
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="no known format"):
+        lora.load({"lora_unet_down_blocks_0_attentions_0_proj_in": torch.zeros(2, 2)})
+    with pytest.raises(CheckpointError, match="several files|holds no adapter"):
         lora.load(tmp_path)
     with pytest.raises(CheckpointError, match="no file or folder"):
         lora.load(tmp_path / "nothing")
