@@ -1,7 +1,7 @@
 """PEFT folders: one for each component, `unet/adapter_config.json` and `unet/adapter_model.safetensors`.
 
-Each is what `PeftModel.from_pretrained(pipe.unet, folder)` loads, read with the core's checks. Folders of LoHa and LoKr layers
-are read too; what is written is LoRA.
+Each is what `PeftModel.from_pretrained(pipe.unet, folder)` loads, read with the core's checks. Folders of LoHa and LoKr
+layers are read too; what is written is LoRA.
 """
 
 from __future__ import annotations

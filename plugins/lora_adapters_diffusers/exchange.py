@@ -195,16 +195,15 @@ def _as_they_are(components: Mapping[str, nn.Module], root: Path) -> dict[str, P
             return None
         file = inspect_adapter(folder)
         possible = [folder.name] if folder.name in components or folder != root else list(components)
-        named = [
-            c for c in possible if c in components and set(file.modules) <= dict(components[c].named_modules()).keys()
-        ]
+        there = {c: dict(components[c].named_modules()).keys() for c in possible if c in components}
+        named = [component for component, names in there.items() if names >= set(file.modules)]
         if not named:
             return None
         fitting = [component for component in named if _fits(components[component], file)]
         if len(fitting) > 1:
             raise CheckpointError(
-                f"{folder} fits several parts of this pipeline ({', '.join(fitting)}). Name the folder after the one that it "
-                "is for, and give that."
+                f"{folder} fits several parts of this pipeline ({', '.join(fitting)}). Name the folder after the one that "
+                "it is for, and give that."
             )
         # Of one that does not fit `restore` says why.
         found[(fitting or named)[0]] = folder

@@ -40,6 +40,6 @@ def check_kohya_names(denoiser: Any, family: str, format: str) -> None:
     layers = getattr(getattr(denoiser, "config", None), "layers_per_block", LAYERS_PER_BLOCK)
     if family == "sdxl" and format in ("kohya", "lycoris") and layers != LAYERS_PER_BLOCK:
         raise UnsupportedError(
-            f"{format}'s names of SDXL's layers count {LAYERS_PER_BLOCK} resnets in a block, and this UNet has {layers}: other "
-            "tools would take them for other layers. Save it as 'diffusers' or 'peft'."
+            f"{format}'s names of SDXL's layers count {LAYERS_PER_BLOCK} resnets in a block, and this UNet has {layers}: "
+            "other tools would take them for other layers. Save it as 'diffusers' or 'peft'."
         )
