@@ -293,3 +293,16 @@ SDXL_FIELDS = (
     *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
     *("cross_attention_dim", "use_linear_projection"),
 )
+
+
+def test_the_family_is_told_by_the_parts(tiny):
+    from lora_adapters_diffusers.families import pipeline_family
+
+    encoder = tiny.clip(0)
+    assert pipeline_family(tiny.unet(), encoder) == "sd1"
+    assert pipeline_family(tiny.unet(use_linear_projection=True), encoder) == "sd2"
+    assert pipeline_family(tiny.unet(cross_attention_dim=1024), None) == "sd2"
+    assert pipeline_family(tiny.unet(), tiny.t5(0)) == ""
+    with_hint = dict(addition_embed_type="image", addition_embed_type_num_heads=4, encoder_hid_dim=8)
+    assert pipeline_family(tiny.unet(**with_hint), encoder) == ""
+    assert pipeline_family(nn.Linear(1, 1), None) == ""

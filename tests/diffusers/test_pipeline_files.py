@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import diffusers
 import pytest
 import torch
 from lora_adapters_diffusers import LoraPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_adapters.errors import CheckpointError, UnsupportedError
-
-KINDS = ("sd", "sdxl", "flux", "sd3")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_loads_in_a_stock_pipeline_with_the_same_image(tiny, kind, tmp_path):
-    lora = tiny.trained(kind, alpha=9)
-    ours = tiny.image(lora.pipe)
-    file = lora.save(tmp_path)
-    assert file == tmp_path / "pytorch_lora_weights.safetensors"
-    stock = tiny.build(kind)
-    assert tiny.differs(ours, tiny.image(stock))
-    stock.load_lora_weights(tmp_path)
-    tiny.close(tiny.image(stock), ours)
-    fresh = LoraPipeline(tiny.build(kind))
-    made = fresh.load(tmp_path)
-    assert set(made) == {tiny.denoiser_name(stock), *tiny.ENCODERS[kind]}
-    tiny.close(tiny.image(fresh.pipe), ours, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -47,59 +24,6 @@ def test_every_scale_is_kept(tiny, tmp_path, options):
     stock = tiny.build("sd")
     stock.load_lora_weights(tmp_path, weight_name="mine.safetensors")
     tiny.close(tiny.image(stock), ours)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_stock_adapters_give_the_same_image_here(tiny, kind, tmp_path):
-    stock = tiny.build(kind)
-    name = tiny.denoiser_name(stock)
-    model = getattr(stock, name)
-    model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-    tiny.fill(model)
-    metadata = {f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict()}
-    state = {f"{name}_lora_layers": get_peft_model_state_dict(model)}
-    stock.save_lora_weights(tmp_path, **state, **metadata)
-    lora = LoraPipeline(tiny.build(kind))
-    lora.load(tmp_path, adapter_name="theirs")
-    tiny.close(tiny.image(lora.pipe), tiny.image(stock))
-    scaled = lora.denoiser.peft_config["theirs"]
-    assert (scaled.r, scaled.lora_alpha) == (3, 6)
-
-
-# ---- failures that stock diffusers does not report -----------------------------------------------------------------
-
-
-def test_silent_failure_1_alpha_without_metadata(tiny, tmp_path):
-    """Stock diffusers saves no metadata unless told, and loads alpha = rank; the file of ours has it."""
-    lora = LoraPipeline(tiny.build("sd"))
-    lora.attach(rank=4, alpha=16)
-    tiny.fill(lora.denoiser)
-    wanted = tiny.image(lora.pipe)
-    stock = tiny.build("sd")
-    layers = get_peft_model_state_dict(lora.denoiser)
-    layers = {key.removeprefix("base_model.model."): value for key, value in layers.items()}
-    stock.save_lora_weights(tmp_path / "stock", unet_lora_layers=layers)
-    stock.load_lora_weights(tmp_path / "stock")
-    assert tiny.differs(tiny.image(stock), wanted)
-    other = tiny.build("sd")
-    other.load_lora_weights(lora.save(tmp_path / "ours").parent)
-    tiny.close(tiny.image(other), wanted)
-    with safe_open(tmp_path / "ours" / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 16
-
-
-def test_silent_failure_2_a_peft_folder(tiny, tmp_path):
-    """Stock diffusers loads nothing of a PEFT folder, with a warning only."""
-    lora = tiny.trained("sd")
-    lora.save(tmp_path, format="peft")
-    stock = tiny.build("sd")
-    bare = tiny.image(stock)
-    stock.load_lora_weights(tmp_path / "unet", weight_name="adapter_model.safetensors")
-    assert torch.equal(tiny.image(stock), bare)
-    ours = LoraPipeline(tiny.build("sd"))
-    assert list(ours.load(tmp_path / "unet")) == ["unet"]
-    assert list(ours.load(tmp_path / "text_encoder")) == ["text_encoder"]
-    tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
 
 
 def test_the_level_text_model_of_other_versions_of_transformers(tiny, tmp_path):
