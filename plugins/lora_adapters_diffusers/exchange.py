@@ -89,6 +89,25 @@ def _factors(component: str, model: Any, name: str) -> dict[str, LoraFactors]:
     return made
 
 
+def weight_notes(components: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:
+    """Say where an adapter's layers are at another scale than its own: by a weight, or swapped by stock code, alike here.
+
+    PEFT's hot swap changes the scales and leaves ranks, alphas and config as they were.
+    """
+    found = []
+    for component, model in components.items():
+        for layer in carried_layers(model, name).values():
+            root = math.sqrt if layer.use_rslora.get(name) else float
+            own, now = layer.lora_alpha[name] / root(layer.r[name]), float(layer.scaling[name])
+            if not math.isclose(own, now, rel_tol=1e-5):
+                found.append(f"{component}: the scale is {own:g} as the adapter's alpha says, and now set to {now:g}")
+                break
+    remedy = (
+        "a weight is not saved; what stock code swapped in (hotswap=True) has lost its alpha: load it with hotswap()"
+    )
+    return (*found, remedy) if found else ()
+
+
 def save_folders(
     path: Path, components: Mapping[str, nn.Module], handles: Mapping[str, Adapter | None], name: str
 ) -> Path:
@@ -228,17 +247,13 @@ def _read(
     """
     opened = open_source(source)
     said = family_in_metadata(opened.metadata)
-    hint = (
-        f" By its header it is for {said}, and this pipeline is {family}."
-        if family and said not in ("", family)
-        else ""
-    )
+    differ = bool(family) and said not in ("", family)
+    hint = f" By its header it is for {said}, and this pipeline is {family}." if differ else ""
     try:
         adapter = formats.read(source, family=family or None)
     except (CheckpointError, UnsupportedError) as error:
-        if not hint:
-            raise
-        raise type(error)(f"{error}{hint}") from error
+        more = hint or ("" if family else " pipe.load_lora_weights may know it; what it loads is managed here too.")
+        raise type(error)(f"{error}{more}") from error
     if lacking := [component for component in adapter.components if component not in components]:
         raise CheckpointError(
             f"{opened.origin} adapts the {lacking[0]}, and of this pipeline {', '.join(components)} can carry adapters: it "

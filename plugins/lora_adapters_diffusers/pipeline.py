@@ -258,14 +258,17 @@ class LoraPipeline:
         carriers = self._carriers(adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in _layers(carriers.values())):
             raise StateError(f"Adapter {adapter_name!r} is fused: unfuse it before saving.")
+        notes = exchange.weight_notes(carriers, adapter_name)
         if format == "peft":
+            _tell("Saved as peft", notes)
             handles = {component: self._handle(component, adapter_name) for component in carriers}
             return exchange.save_folders(Path(path).expanduser(), carriers, handles, adapter_name)
         check_kohya_names(self.denoiser, self.family, format)
         place = Path(path).expanduser()
         file = place if place.suffix == ".safetensors" else place / weight_name
         adapter = exchange.take_out(carriers, adapter_name)
-        _tell(f"Saved as {format}", formats.write(adapter, file, format, family=self.family or None))
+        notes += formats.write(adapter, file, format, family=self.family or None)
+        _tell(f"Saved as {format}", notes)
         return file
 
     # ---- using -------------------------------------------------------------------------------------------------------

@@ -123,6 +123,33 @@ def test_adapters_of_stock_code_give_the_same_image_here(tiny, kind, tmp_path):
     tiny.close(tiny.image(loaded(tiny, kind, path).pipe), wanted)
 
 
+def test_dora(tiny, tmp_path):
+    ours = adapted(tiny, "sd", text=False, use_dora=True)
+    wanted = tiny.image(ours.pipe)
+    for format in FORMATS:
+        tiny.close(tiny.image(loaded(tiny, "sd", ours.save(tmp_path / format, format=format)).pipe), wanted, 1e-6)
+    tiny.close(stock_image(tiny, "sd", tmp_path / "diffusers"), wanted)
+
+
+def test_what_stock_code_swapped_in_is_not_saved_without_a_word(tiny, tmp_path):
+    """PEFT's hot swap sets scales, and leaves the alphas of the adapter that was there before."""
+    for name, alpha in (("a", 8), ("b", 2)):
+        adapted(tiny, "sd", text=False, alpha=alpha).save(tmp_path / name)
+    pipe = LoraPipeline(tiny.build("sd"))
+    pipe.pipe.load_lora_weights(tmp_path / "a", adapter_name="it")
+    pipe.pipe.load_lora_weights(tmp_path / "b", adapter_name="it", hotswap=True)
+    for format in ("diffusers", "peft"):
+        with pytest.warns(
+            LoraAdaptersWarning, match="2 as the adapter's alpha says, and now set to 0.5; .*lost its alpha"
+        ):
+            pipe.save(tmp_path / f"as {format}", "it", format=format)
+    pipe.hotswap(tmp_path / "b", "it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoraAdaptersWarning)
+        pipe.save(tmp_path / "right", "it")
+    tiny.close(stock_image(tiny, "sd", tmp_path / "right"), stock_image(tiny, "sd", tmp_path / "b"))
+
+
 # ---- LoHa, LoKr, Tucker ---------------------------------------------------------------------------------------------
 
 
@@ -187,7 +214,7 @@ def test_hotswap_takes_any_format(tiny, tmp_path):
     first, second = (adapted(tiny, "sd", rank=rank, alpha=3) for rank in (4, 2))
     tiny.fill(second.denoiser, 7)
     first.save(tmp_path / "first")
-    for format in FORMATS:
+    for format in ("diffusers", "peft", "kohya"):
         pipe = loaded(tiny, "sd", tmp_path / "first")
         before = [id(module) for module in pipe.denoiser.modules()]
         pipe.hotswap(second.save(tmp_path / format, format=format))

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 from lora_adapters_diffusers import LoraPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lora_adapters.errors import CheckpointError, UnsupportedError
+from lora_adapters.errors import CheckpointError, LoraAdaptersWarning, UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,9 @@ def test_every_scale_is_kept(tiny, tmp_path, options):
     lora.attach(rank=4, **options)
     tiny.fill(lora.denoiser)
     ours = tiny.image(lora.pipe)
-    lora.set({"default": 0.5})  # a weight is no part of what is saved
-    lora.save(tmp_path / "mine.safetensors")
+    lora.set({"default": 0.5})
+    with pytest.warns(LoraAdaptersWarning, match="a weight is not saved"):
+        lora.save(tmp_path / "mine.safetensors")
     stock = tiny.build("sd")
     stock.load_lora_weights(tmp_path, weight_name="mine.safetensors")
     tiny.close(tiny.image(stock), ours)
@@ -32,9 +33,13 @@ def test_the_level_text_model_of_other_versions_of_transformers(tiny, tmp_path):
     tensors = load_file(tmp_path / "mine.safetensors")
     new = {key.replace("text_encoder.text_model.", "text_encoder."): value for key, value in tensors.items()}
     assert new.keys() != tensors.keys()
-    for state in (tensors, new):
+    both = {name: lora.save(tmp_path / name, format="peft") for name in ("new", "old")}
+    old = both["old"] / "text_encoder" / "adapter_model.safetensors"
+    named = {key.replace(".encoder.", ".text_model.encoder."): value for key, value in load_file(old).items()}
+    save_file(named, old)  # as older versions of transformers name them, and other tools write them
+    for source in (tensors, new, *both.values()):
         ours = LoraPipeline(tiny.build("sd"))
-        ours.load(state)
+        ours.load(source)
         tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
 
 
