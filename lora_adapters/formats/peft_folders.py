@@ -14,13 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter_config import CONFIG_NAME
-from ..adapter_file import AdapterFile, check_supported, inspect_adapter, peft_type_of, read_adapter
+from ..adapter_file import VERSION_ENTRY, AdapterFile, check_supported, inspect_adapter, peft_type_of, read_adapter
 from ..checkpoint import PREFIX, write_adapter
 from ..errors import CheckpointError, RequestError, UnsupportedError
 from ..staging import new_folder
 from .diffusers_file import place_of
 from .factors import Factors, LoraFactors
-from .families import FAMILIES, family_of, header_entries
+from .families import FAMILIES, family_in_metadata, family_of, header_entries
 from .keys import factors_of, layers_of, tensors_for
 from .peft_fields import LoraComponent, as_lora, with_config
 from .peft_lycoris import KINDS, read_folder
@@ -30,6 +30,10 @@ from .text_encoder_names import with_text_model, without_text_model
 
 #: Families whose first text encoder is a CLIPTextModelWithProjection, which keeps its text_model in transformers 5.
 _WITH_PROJECTION = ("sd3",)
+
+
+#: What is kept of a folder's header: about base, training and writer. The rest is about the folder's own two files.
+_KEPT = ("ss_", "modelspec.", VERSION_ENTRY)
 
 
 class PeftFolders:
@@ -42,7 +46,7 @@ class PeftFolders:
     def read(self, source: Source) -> PortableAdapter:
         """Read every component's folder; a single PEFT folder's component is known by its layers' names."""
         adapter = _assembled(source, source.family)
-        found = family_of(adapter)
+        found = source.family or family_in_metadata(adapter.metadata) or family_of(adapter)
         if found != source.family and set(adapter.kinds) & {"LoHa", "LoKr"}:
             # A flattened convolution's kernel follows from the family.
             adapter = _assembled(source, found)
@@ -128,7 +132,7 @@ def _assembled(source: Source, family: str) -> PortableAdapter:
             modules, header = _modules(file), file.metadata
         component = folder.name if folder != source.folder else _component(folder, modules)
         components[component] = {with_text_model(component, name): factors for name, factors in modules.items()}
-        metadata |= {key: value for key, value in header.items() if key.startswith(("ss_", "modelspec."))}
+        metadata |= {key: value for key, value in header.items() if key.startswith(_KEPT)}
     return PortableAdapter(components, family, metadata, tuple(notes))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_adapters.errors import UnsupportedError
+from lora_adapters.formats.families import FAMILIES
 from lora_adapters.formats.unet_names import LAYERS_PER_BLOCK
 
 _TRANSFORMERS = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
@@ -25,10 +26,20 @@ def pipeline_family(denoiser: Any, text_encoder: Any) -> str:
     if text_encoder is not None and not type(text_encoder).__name__.startswith("CLIPText"):
         return ""
     config = denoiser.config
+    if getattr(config, "class_embed_type", None) is not None:  # unCLIP, AudioLDM, upscalers
+        return ""
     if (added := getattr(config, "addition_embed_type", None)) is not None:
         return "sdxl" if added == "text_time" else ""
     second = getattr(config, "use_linear_projection", False) or config.cross_attention_dim == _SD2_WIDTH
     return "sd2" if second else "sd1"
+
+
+def header_entries(denoiser: Any) -> dict[str, str]:
+    """Return what a file's header says of the base model, as kohya writes it; nothing for a model of no known family."""
+    family = FAMILIES.get(pipeline_family(denoiser, None))
+    if family is None:
+        return {}
+    return {"ss_base_model_version": family.version, "modelspec.architecture": f"{family.architecture}/lora"}
 
 
 def check_kohya_names(denoiser: Any, family: str, format: str) -> None:
