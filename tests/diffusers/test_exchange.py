@@ -67,6 +67,8 @@ def test_each_format_gives_the_same_image_here_and_in_stock_pipelines(tiny, kind
         tiny.close(tiny.image(back.pipe), wanted, 1e-6)
         if format in STOCK[kind]:
             tiny.close(stock_image(tiny, kind, path), wanted)
+    # The folders say for which family they are, so that other formats can be made of them.
+    assert formats.read(tmp_path / "peft").family == FAMILIES[kind]
     with safe_open(tmp_path / "kohya" / "pytorch_lora_weights.safetensors", "pt") as file:
         header = file.metadata()
         alphas = {file.get_tensor(key).item() for key in file.keys() if key.endswith(".alpha")}  # noqa: SIM118
