@@ -20,6 +20,7 @@ from .adapter_config import (
     AdapterConfigData,
     contains,
     parse_config,
+    parse_json,
     read_bounded,
 )
 from .errors import CheckpointError, UnsupportedError
@@ -116,15 +117,25 @@ def inspect_adapter(folder: str | Path) -> AdapterFile:
     folder = Path(folder)
     _check_present(folder)
     staged = interrupted_config(folder)
-    config_path = _inside(staged.parent if staged else folder, CONFIG_NAME)
+    config_path = inside(staged.parent if staged else folder, CONFIG_NAME)
     config = parse_config(read_bounded(config_path, MAX_CONFIG_BYTES))
-    header = read_header(_inside(folder, WEIGHTS_NAME))
+    header = read_header(inside(folder, WEIGHTS_NAME))
     if header.metadata.get(MEANING_ENTRY, config.meaning) != config.meaning:
         raise CheckpointError(
             f"{config_path} and {WEIGHTS_NAME} are not of one save: ranks, alphas or targets in the config are not "
             "those the weights were saved with. Copy both files from one save."
         )
     return _classify(folder, config, header)
+
+
+def peft_type_of(folder: Path) -> str:
+    """Return the method that a folder's adapter_config.json names, such as "LORA"; "" if none.
+
+    Raises:
+        CheckpointError: the config is missing or damaged.
+    """
+    raw = parse_json(read_bounded(inside(folder, CONFIG_NAME), MAX_CONFIG_BYTES), CONFIG_NAME)
+    return found if isinstance(found := raw.get("peft_type"), str) else ""
 
 
 def _check_present(folder: Path) -> None:
@@ -142,7 +153,7 @@ def _check_present(folder: Path) -> None:
     raise CheckpointError(f"{folder} holds no {WEIGHTS_NAME}.{hint or ' Give the folder that a save wrote.'}")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Path of a file of the folder, refused when it is a link that leaves the folder (or the Hub cache's blobs)."""
     path = folder / name
     target, root = path.resolve(), folder.resolve()
@@ -336,7 +347,7 @@ def read_adapter(file: AdapterFile) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: NaN or infinite values, or the values are not those that were saved (our digest differs).
     """
-    tensors, digest = read_tensors(_inside(file.folder, WEIGHTS_NAME), file.header)
+    tensors, digest = read_tensors(inside(file.folder, WEIGHTS_NAME), file.header)
     if file.verifiable and file.metadata[DIGEST_ENTRY] != digest:
         raise CheckpointError(
             f"{file.folder / WEIGHTS_NAME} is damaged: its values are not those that were saved (digest mismatch). "

@@ -66,11 +66,17 @@ def command(
 
 
 def is_portable(path: Path) -> bool:
-    """Return True for what is no single PEFT folder: a file, a folder with one, or with a PEFT folder for each component."""
+    """Return True for what is no single PEFT folder of LoRA: a file, a folder with one, a PEFT folder for each component.
+
+    A folder of PEFT's LoHa or LoKr layers is one too: they are read into what diffusion models' files hold.
+    """
     from ..adapter_config import CONFIG_NAME, WEIGHTS_NAME
+    from ..adapter_file import peft_type_of
 
     if not path.is_dir():
         return path.is_file() and path.suffix == ".safetensors"
+    if (path / CONFIG_NAME).is_file() and peft_type_of(path) in ("LOHA", "LOKR"):
+        return True
     if any((path / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
         return False
     folders = [config.parent.name for config in path.glob(f"*/{CONFIG_NAME}")]

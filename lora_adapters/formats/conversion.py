@@ -64,8 +64,8 @@ def convert(
         UnsupportedError: a format can't hold the adapter.
         RequestError: a wrong argument, or the target exists. Nothing has been written.
     """
-    if max_rank is not None and (type(max_rank) is not int or max_rank < 1):
-        raise RequestError(f"max_rank must be a whole number of at least 1, got {max_rank!r}.")
+    if max_rank is not None:
+        check_max_rank(max_rank)
     make(to)  # An unknown name is an error before anything is read.
     found = format or detect(source)
     adapter = read(source, found, family)
@@ -85,6 +85,12 @@ def _target(path: Path, to: str) -> Path:
     if path.is_dir():
         return path / DIFFUSERS_NAME
     return path if path.suffix else path.with_suffix(".safetensors")
+
+
+def check_max_rank(rank: object) -> None:
+    """Raise RequestError if a rank to cut down to is no whole number of at least 1."""
+    if type(rank) is not int or rank < 1:
+        raise RequestError(f"max_rank must be a whole number of at least 1, got {rank!r}.")
 
 
 def cut(adapter: PortableAdapter, rank: int) -> PortableAdapter:

@@ -1,31 +1,39 @@
 """PEFT folders: one for each component, `unet/adapter_config.json` and `unet/adapter_model.safetensors`.
 
-Each is what `PeftModel.from_pretrained(pipe.unet, folder)` loads, read with the core's checks.
+Each is what `PeftModel.from_pretrained(pipe.unet, folder)` loads, read with the core's checks. Folders of LoHa and LoKr
+layers are read too; what is written is LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..adapter_config import CONFIG_NAME
-from ..adapter_file import AdapterFile, check_supported, inspect_adapter, read_adapter
+from ..adapter_file import VERSION_ENTRY, AdapterFile, check_supported, inspect_adapter, peft_type_of, read_adapter
 from ..checkpoint import PREFIX, write_adapter
 from ..errors import CheckpointError, RequestError, UnsupportedError
 from ..staging import new_folder
 from .diffusers_file import place_of
 from .factors import Factors, LoraFactors
-from .families import FAMILIES, family_of, header_entries
+from .families import FAMILIES, family_in_metadata, family_of, header_entries
 from .keys import factors_of, layers_of, tensors_for
 from .peft_fields import LoraComponent, as_lora, with_config
+from .peft_lycoris import KINDS, read_folder
 from .portable import COMPONENT, PortableAdapter
 from .source import Source, is_peft_root
 from .text_encoder_names import with_text_model, without_text_model
 
 #: Families whose first text encoder is a CLIPTextModelWithProjection, which keeps its text_model in transformers 5.
 _WITH_PROJECTION = ("sd3",)
+
+
+#: What is kept of a folder's header: about base, training and writer. The rest is about the folder's own two files.
+_KEPT = ("ss_", "modelspec.", VERSION_ENTRY)
 
 
 class PeftFolders:
@@ -37,35 +45,33 @@ class PeftFolders:
 
     def read(self, source: Source) -> PortableAdapter:
         """Read every component's folder; a single PEFT folder's component is known by its layers' names."""
-        assert source.folder is not None
-        components: dict[str, Mapping[str, Factors]] = {}
-        metadata: dict[str, str] = {}
-        for folder in _folders(source.folder):
-            file = inspect_adapter(folder)
-            _check_holds(file)
-            modules = _modules(file)
-            component = folder.name if folder != source.folder else _component(folder, modules)
-            components[component] = {with_text_model(component, name): factors for name, factors in modules.items()}
-            metadata |= {key: value for key, value in file.metadata.items() if key.startswith(("ss_", "modelspec."))}
-        adapter = PortableAdapter(components, source.family, metadata)
-        return PortableAdapter(components, family_of(adapter), metadata)
+        adapter = _assembled(source, source.family)
+        found = source.family or family_in_metadata(adapter.metadata) or family_of(adapter)
+        if found != source.family and set(adapter.kinds) & {"LoHa", "LoKr"}:
+            # A flattened convolution's kernel follows from the family.
+            adapter = _assembled(source, found)
+        return replace(adapter, family=found)
 
     def write(self, adapter: PortableAdapter, path: Path, family: str) -> tuple[str, ...]:
         """Write a folder with one for each component, all as one act; an existing folder of adapters is replaced."""
         made = {component: as_lora(component, modules) for component, modules in adapter.components.items()}
-        if path.exists() and not path.is_dir():
-            raise RequestError(f"{path} is a file, and this format is a folder. Give another place.")
-        if path.exists() and not all(COMPONENT.fullmatch(one.name) for one in path.iterdir()):
-            raise RequestError(f"{path} holds other files than adapters of components. Give a folder of its own.")
         metadata = header_entries(FAMILIES[family], adapter, "networks.lora", {}) if family in FAMILIES else {}
-        with new_folder(path, replace=True) as place:
+        with new_root(path) as place:
             for component, lora in made.items():
-                flat = component == "text_encoder" and family not in _WITH_PROJECTION
-                _write(place / component, lora, metadata, flat)
+                if component == "text_encoder" and family not in _WITH_PROJECTION:
+                    lora = replace(
+                        lora, modules={without_text_model(name): factors for name, factors in lora.modules.items()}
+                    )
+                write_component(place / component, lora, metadata)
         return tuple(note for lora in made.values() for note in lora.notes)
 
 
-def _folders(root: Path) -> list[Path]:
+def component_folders(root: Path) -> list[Path]:
+    """Return the PEFT folders that a root means: itself, or its subfolders, which are named after components.
+
+    Raises:
+        CheckpointError: a subfolder has another name.
+    """
     if (root / CONFIG_NAME).is_file():
         return [root]
     found = [path for path in sorted(root.iterdir()) if (path / CONFIG_NAME).is_file()]
@@ -75,6 +81,59 @@ def _folders(root: Path) -> list[Path]:
             "or name them unet, transformer, text_encoder, ..."
         )
     return found
+
+
+@contextmanager
+def new_root(path: Path) -> Iterator[Path]:
+    """Yield an empty folder for components' folders, which takes the place of `path` as one act.
+
+    Raises:
+        RequestError: `path` is a file, or a folder that holds anything but components' folders.
+    """
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{path} is a file, and this format is a folder. Give another place.")
+    if path.exists() and not all(COMPONENT.fullmatch(one.name) for one in path.iterdir()):
+        raise RequestError(f"{path} holds other files than adapters of components. Give a folder of its own.")
+    with new_folder(path, replace=True) as place:
+        yield place
+
+
+def write_component(folder: Path, lora: LoraComponent, metadata: Mapping[str, str]) -> None:
+    """Write one component's PEFT folder.
+
+    Args:
+        folder: made if missing.
+        lora: what `as_lora` returned; its modules may have been renamed to the ends or the whole of what they were.
+        metadata: string entries of the header.
+    """
+    from peft import LoraConfig
+
+    tensors = {
+        f"{PREFIX}{name}{end}": tensor
+        for name, factors in lora.modules.items()
+        for end, tensor in tensors_for(factors, "peft").items()
+    }
+    write_adapter(folder, LoraConfig(**lora.fields), tensors, metadata)
+
+
+def _assembled(source: Source, family: str) -> PortableAdapter:
+    assert source.folder is not None
+    components: dict[str, Mapping[str, Factors]] = {}
+    metadata: dict[str, str] = {}
+    notes: list[str] = []
+    for folder in component_folders(source.folder):
+        if peft_type_of(folder) in KINDS:
+            found = read_folder(folder, family)
+            modules, header = found.modules, found.metadata
+            notes += found.notes
+        else:
+            file = inspect_adapter(folder)
+            _check_holds(file)
+            modules, header = _modules(file), file.metadata
+        component = folder.name if folder != source.folder else _component(folder, modules)
+        components[component] = {with_text_model(component, name): factors for name, factors in modules.items()}
+        metadata |= {key: value for key, value in header.items() if key.startswith(_KEPT)}
+    return PortableAdapter(components, family, metadata, tuple(notes))
 
 
 def _check_holds(file: AdapterFile) -> None:
@@ -113,15 +172,3 @@ def _component(folder: Path, modules: Mapping[str, Factors]) -> str:
         f"{folder} adapts {first!r}, which is no layer of a pipeline's denoiser or CLIP text encoder that is known here. "
         "Put the folder into one named after its component (unet, transformer, text_encoder, ...) and give that."
     )
-
-
-def _write(folder: Path, lora: LoraComponent, metadata: Mapping[str, str], flat: bool) -> None:
-    from peft import LoraConfig
-
-    named = {without_text_model(name) if flat else name: factors for name, factors in lora.modules.items()}
-    tensors = {
-        f"{PREFIX}{name}{end}": tensor
-        for name, factors in named.items()
-        for end, tensor in tensors_for(factors, "peft").items()
-    }
-    write_adapter(folder, LoraConfig(**lora.fields), tensors, metadata)

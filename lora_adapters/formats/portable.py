@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from ..errors import RequestError
 from .factors import Factors
 
-#: A part of a pipeline that an adapter can be for.
-COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_[0-9]+)?")
+#: A part of a pipeline that an adapter can be for: what the _lora_loadable_modules of diffusers' pipelines name.
+COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_[0-9]+)?|transformer_ref|prior|connectors|text_conditioner")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,16 @@ def prepare_swap(model: Any, folder: Path, name: str) -> Callable[[], AttachPlan
         return now
 
     return swap
+
+
+def prepare_compiled_swaps(models: Iterable[Any]) -> None:
+    """Do what `enable_lora_hotswap` promised for the first adapter of each model."""
+    for model in models:
+        if (wanted := getattr(model, "_prepare_lora_hotswap_kwargs", None)) is not None:
+            from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+            prepare_model_for_compiled_hotswap(model, **wanted)
+            model._prepare_lora_hotswap_kwargs = None
 
 
 def _fill(layer: Any, name: str, a: torch.Tensor | None, b: torch.Tensor | None, scaling: float) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from lora_adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from lora_adapters.device import pick_device
 from lora_adapters.errors import CheckpointError, RequestError
+from lora_adapters.formats.source import DIFFUSERS_NAME
 from lora_adapters.quantized import quantizers_of
 from lora_adapters.tensor_file import read_header
 from lora_adapters.weights import mark_quantized, quantize_modules
@@ -131,18 +132,42 @@ def _kind_of(file: Path) -> str:
     return found
 
 
-def adapter_path(name: str, weight_name: str, revision: str | None) -> Path:
-    """Return where an adapter's file or folder is; of one on the Hub its files are downloaded."""
+def adapter_path(name: str, weight_name: str | None, revision: str | None) -> Path:
+    """Return where an adapter's file or folder is; of one on the Hub its files are downloaded.
+
+    Args:
+        name: path or Hub name.
+        weight_name: file in the folder; None leaves open which.
+        revision: Hub revision.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = Path(name).expanduser()
-    if path.exists():
+    if not path.exists():
+        path = _downloaded(name, weight_name, revision)
+    if weight_name is None or path.is_file():
         return path
+    if not (path / weight_name).is_file():
+        raise CheckpointError(f"There is no {path / weight_name}.")
+    return path / weight_name
+
+
+def _downloaded(name: str, weight_name: str | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [CONFIG_NAME, WEIGHTS_NAME, weight_name]
+    # By name: a repository may hold a whole base model beside the adapter.
+    names = [weight_name] if weight_name else [CONFIG_NAME, WEIGHTS_NAME, DIFFUSERS_NAME]
+    names += [] if weight_name else [f"*/{file}" for file in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=names))
     except Exception as error:  # its errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"There is no file or folder {name!r} here, and the Hub gave no such adapter ({reason}). Check the path."
         ) from error
+    if not any(path.rglob("*.safetensors")):
+        raise CheckpointError(
+            f"{name} on the Hub holds neither {' nor '.join(names[:3])}. Give weight_name=, its file."
+        )
+    return path

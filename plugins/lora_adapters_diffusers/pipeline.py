@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,24 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import lora_adapters as la
+from lora_adapters import formats
 from lora_adapters.adapter import Adapter
 from lora_adapters.errors import (
     CheckpointError,
     LoraAdaptersError,
+    LoraAdaptersWarning,
     MergeError,
     RequestError,
     StateError,
     UnsupportedError,
 )
+from lora_adapters.formats.source import DIFFUSERS_NAME
 from lora_adapters.inject import adapter_names, adopt, unwrap_empty
 from lora_adapters.optimization import OptimizeReport
 
-from . import loading, weights_file
-from .exchange import as_folders, take_out
-from .hotswap import prepare_swap
+from . import exchange, loading
+from .families import check_kohya_names, pipeline_family
+from .hotswap import prepare_compiled_swaps, prepare_swap
 from .marks import mark_loaded
 from .wrappers import plain, uncompiled, without_offload
 
@@ -86,6 +89,11 @@ class LoraPipeline:
     def denoiser(self) -> nn.Module:
         """Return the UNet or transformer."""
         return next(iter(self.components.values()))
+
+    @property
+    def family(self) -> str:
+        """Return "sd1", "sd2", "sdxl", "sd3" or "flux", whose names other tools' files use; "" for other pipelines."""
+        return pipeline_family(self.denoiser, getattr(self.pipe, "text_encoder", None))
 
     @property
     def adapters(self) -> dict[str, list[str]]:
@@ -180,39 +188,44 @@ class LoraPipeline:
         adapter_name: str = "default",
         weight_name: str | None = None,
         revision: str | None = None,
+        max_rank: int | None = None,
     ) -> dict[str, Adapter]:
-        """Load an adapter: all that the file holds, or an error and nothing.
+        """Load an adapter of any format: all that the source holds, or an error and nothing.
+
+        What is not as it was in the source (LoHa, LoKr and Tucker cores become LoRA, ...) is said in a warning.
 
         Args:
-            source: a file or folder in diffusers' format, or its state dict (alpha = rank, as nothing else is said);
-                a PEFT folder (adapter_config.json), which goes to the component that has its layers; or a Hub name.
+            source: a file, a folder, a state dict, or a Hub name, of any format that `lora_adapters.formats` knows:
+                diffusers, kohya, LyCORIS, ai-toolkit, a plugin's; a PEFT folder, which goes to the component that has its
+                layers, or a folder with one for each component.
             adapter_name: name it gets here.
             weight_name: file in the folder.
             revision: Hub revision.
+            max_rank: cut layers down to this rank by their singular values; the warning says what part of the updates is
+                lost. For LoHa and LoKr, whose rank as LoRA can be large. None cuts nothing.
+
+        Returns:
+            Component -> handle.
 
         Raises:
-            CheckpointError: damaged, incomplete, or made for another pipeline. UnsupportedError: another format.
+            CheckpointError: damaged, incomplete, of no known format, or made for another pipeline.
+            UnsupportedError: LoRA has no form for it. RequestError: a wrong argument.
         """
         with ExitStack() as stack:
-            folders = stack.enter_context(as_folders(self.components, source, weight_name, revision))
+            folders = stack.enter_context(self._as_folders(source, weight_name, revision=revision, max_rank=max_rank))
             stack.enter_context(without_offload(self.pipe))
             made = self._all_or_none(
                 (component, la.restore(self._component(component), folder, adapter_name=adapter_name))
-                for component, folder in folders.items()
+                for component, folder in folders.paths.items()
             )
-            self._prepare_swaps(made)
+            prepare_compiled_swaps(adapter.base for adapter in made.values())
+        _tell("Loaded", folders.notes)
         return made
 
-    @staticmethod
-    def _prepare_swaps(made: Mapping[str, Adapter]) -> None:
-        """Do what `enable_lora_hotswap` promised for the first adapter."""
-        for adapter in made.values():
-            base: Any = adapter.base
-            if (wanted := getattr(base, "_prepare_lora_hotswap_kwargs", None)) is not None:
-                from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-
-                prepare_model_for_compiled_hotswap(base, **wanted)
-                base._prepare_lora_hotswap_kwargs = None
+    def _as_folders(
+        self, source: Any, weight_name: str | None, **options: Any
+    ) -> AbstractContextManager[exchange.Folders]:
+        return exchange.as_folders(self.components, self.family, source, weight_name=weight_name, **options)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -221,34 +234,41 @@ class LoraPipeline:
         path: str | Path,
         adapter_name: str = "default",
         format: str = "diffusers",
-        weight_name: str = weights_file.WEIGHT_NAME,
+        weight_name: str = DIFFUSERS_NAME,
     ) -> Path:
-        """Write one adapter of all components that carry it.
+        """Write one adapter of all components that carry it, whoever put it there; complete or not at all.
+
+        What a format can't hold as it is (ai-toolkit's alphas, say) is said in a warning.
 
         Args:
             path: a folder, made if missing, or a file that ends in ".safetensors".
             adapter_name: which adapter.
             format: "diffusers": one file, with ranks, alphas and rsLoRA in its metadata: `pipe.load_lora_weights`
-                gives the same images. "peft": one PEFT folder for each component, `path/unet`, ...
+                gives the same images. "peft": one PEFT folder for each component, `path/unet`, ..., with all that was
+                trained. "kohya" (ComfyUI, A1111, Forge, InvokeAI), "lycoris", "ai-toolkit", or a plugin's.
             weight_name: name of the file in the folder.
 
         Returns:
             The file, or the folder for "peft".
 
         Raises:
-            RequestError: no such adapter or format. StateError: it is fused. UnsupportedError: the format can't hold it.
+            RequestError: no such adapter or format, or the format's names are not known for this pipeline.
+            StateError: it is fused. UnsupportedError: the format can't hold it. Nothing has been written.
         """
         carriers = self._carriers(adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in _layers(carriers.values())):
             raise StateError(f"Adapter {adapter_name!r} is fused: unfuse it before saving.")
+        notes = exchange.weight_notes(carriers, adapter_name)
         if format == "peft":
-            for component in carriers:
-                self.adapter(component, adapter_name).save(Path(path) / component)
-            return Path(path)
-        if format != "diffusers":
-            raise RequestError(f"format must be 'diffusers' or 'peft', got {format!r}.")
-        file = Path(path) if str(path).endswith(".safetensors") else Path(path) / weight_name
-        weights_file.write(file, {name: take_out(module, adapter_name) for name, module in carriers.items()})
+            _tell("Saved as peft", notes)
+            handles = {component: self._handle(component, adapter_name) for component in carriers}
+            return exchange.save_folders(Path(path).expanduser(), carriers, handles, adapter_name)
+        check_kohya_names(self.denoiser, self.family, format)
+        place = Path(path).expanduser()
+        file = place if place.suffix == ".safetensors" else place / weight_name
+        adapter = exchange.take_out(carriers, adapter_name)
+        notes += formats.write(adapter, file, format, family=self.family or None)
+        _tell(f"Saved as {format}", notes)
         return file
 
     # ---- using -------------------------------------------------------------------------------------------------------
@@ -337,13 +357,14 @@ class LoraPipeline:
         source: str | Path | Mapping[str, torch.Tensor],
         adapter_name: str = "default",
         weight_name: str | None = None,
+        max_rank: int | None = None,
     ) -> None:
         """Put another file's adapter in the place of one that is there, without new layers: compiled code stays valid.
 
         Layers that the new one does not adapt do nothing; its scale and rank may differ. Text encoders are swapped too.
 
         Args:
-            source, weight_name: as for `load`.
+            source, weight_name, max_rank: as for `load`: any format.
             adapter_name: the adapter to replace.
 
         Raises:
@@ -351,17 +372,18 @@ class LoraPipeline:
         """
         carriers = self._carriers(adapter_name)
         with ExitStack() as stack:
-            folders = stack.enter_context(as_folders(self.components, source, weight_name))
-            if set(folders) != set(carriers):
+            folders = stack.enter_context(self._as_folders(source, weight_name, max_rank=max_rank))
+            if set(folders.paths) != set(carriers):
                 raise CheckpointError(
-                    f"The new adapter is for {sorted(folders)}, and {adapter_name!r} for {sorted(carriers)}: delete the "
-                    "old one and load the new one."
+                    f"The new adapter is for {sorted(folders.paths)}, and {adapter_name!r} for {sorted(carriers)}: delete "
+                    "the old one and load the new one."
                 )
-            swaps = {c: prepare_swap(carriers[c], folder, adapter_name) for c, folder in folders.items()}
+            swaps = {c: prepare_swap(carriers[c], folder, adapter_name) for c, folder in folders.paths.items()}
             for component, swap in swaps.items():
                 plan = swap()
                 if (handle := self._handle(component, adapter_name)) is not None:
                     handle.plan = replace(handle.plan, layers=plan.layers)
+        _tell("Swapped in", folders.notes)
 
     def optimize(self) -> dict[str, OptimizeReport]:
         """Make the LoRA layers that stock code loaded compute faster; see `lora_adapters.optimize`. Component -> report."""
@@ -385,6 +407,12 @@ def _check_pipeline(pipe: Any) -> None:
             f"diffusers gives {type(pipe).__name__} no LoRA methods, so it could not load what is saved here. Call "
             "lora_adapters.attach on its denoiser, and save PEFT folders."
         )
+
+
+def _tell(what: str, notes: Sequence[str]) -> None:
+    """Warn of what is not as it was."""
+    if notes:
+        warnings.warn(f"{what}, and this is not as it was: {'; '.join(notes)}.", LoraAdaptersWarning, stacklevel=3)
 
 
 def _is_denoiser(name: str) -> bool:

@@ -35,3 +35,12 @@ def lora_adapters_attached(adapter, plan):
         from .marks import mark_denoiser
 
         mark_denoiser(adapter)
+
+
+@hookimpl
+def lora_adapters_saving(adapter, path, metadata):
+    """Say in a PEFT folder which family it is for: formats with other names need it, and layers don't always tell."""
+    if adapter.plan.backend == "diffusers":
+        from .families import header_entries
+
+        metadata.update(header_entries(adapter.base))

@@ -111,6 +111,7 @@ def sd() -> diffusers.StableDiffusionPipeline:
 def sdxl() -> diffusers.StableDiffusionXLPipeline:
     """Return SDXL in small, with its two text encoders."""
     denoiser = unet(
+        layers_per_block=2,  # kohya's names count on it
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTH + 6 * 8,

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import diffusers
 import pytest
 import torch
 from lora_adapters_diffusers import LoraPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from lora_adapters.errors import CheckpointError, UnsupportedError
-
-KINDS = ("sd", "sdxl", "flux", "sd3")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_loads_in_a_stock_pipeline_with_the_same_image(tiny, kind, tmp_path):
-    lora = tiny.trained(kind, alpha=9)
-    ours = tiny.image(lora.pipe)
-    file = lora.save(tmp_path)
-    assert file == tmp_path / "pytorch_lora_weights.safetensors"
-    stock = tiny.build(kind)
-    assert tiny.differs(ours, tiny.image(stock))
-    stock.load_lora_weights(tmp_path)
-    tiny.close(tiny.image(stock), ours)
-    fresh = LoraPipeline(tiny.build(kind))
-    made = fresh.load(tmp_path)
-    assert set(made) == {tiny.denoiser_name(stock), *tiny.ENCODERS[kind]}
-    tiny.close(tiny.image(fresh.pipe), ours, 1e-6)
+from lora_adapters.errors import CheckpointError, LoraAdaptersWarning, UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -41,76 +19,28 @@ def test_every_scale_is_kept(tiny, tmp_path, options):
     lora.attach(rank=4, **options)
     tiny.fill(lora.denoiser)
     ours = tiny.image(lora.pipe)
-    lora.set({"default": 0.5})  # a weight is no part of what is saved
-    lora.save(tmp_path / "mine.safetensors")
+    lora.set({"default": 0.5})
+    with pytest.warns(LoraAdaptersWarning, match="a weight is not saved"):
+        lora.save(tmp_path / "mine.safetensors")
     stock = tiny.build("sd")
     stock.load_lora_weights(tmp_path, weight_name="mine.safetensors")
     tiny.close(tiny.image(stock), ours)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stock_adapters_give_the_same_image_here(tiny, kind, tmp_path):
-    stock = tiny.build(kind)
-    name = tiny.denoiser_name(stock)
-    model = getattr(stock, name)
-    model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-    tiny.fill(model)
-    metadata = {f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict()}
-    state = {f"{name}_lora_layers": get_peft_model_state_dict(model)}
-    stock.save_lora_weights(tmp_path, **state, **metadata)
-    lora = LoraPipeline(tiny.build(kind))
-    lora.load(tmp_path, adapter_name="theirs")
-    tiny.close(tiny.image(lora.pipe), tiny.image(stock))
-    scaled = lora.denoiser.peft_config["theirs"]
-    assert (scaled.r, scaled.lora_alpha) == (3, 6)
-
-
-# ---- failures that stock diffusers does not report -----------------------------------------------------------------
-
-
-def test_silent_failure_1_alpha_without_metadata(tiny, tmp_path):
-    """Stock diffusers saves no metadata unless told, and loads alpha = rank; the file of ours has it."""
-    lora = LoraPipeline(tiny.build("sd"))
-    lora.attach(rank=4, alpha=16)
-    tiny.fill(lora.denoiser)
-    wanted = tiny.image(lora.pipe)
-    stock = tiny.build("sd")
-    layers = get_peft_model_state_dict(lora.denoiser)
-    layers = {key.removeprefix("base_model.model."): value for key, value in layers.items()}
-    stock.save_lora_weights(tmp_path / "stock", unet_lora_layers=layers)
-    stock.load_lora_weights(tmp_path / "stock")
-    assert tiny.differs(tiny.image(stock), wanted)
-    other = tiny.build("sd")
-    other.load_lora_weights(lora.save(tmp_path / "ours").parent)
-    tiny.close(tiny.image(other), wanted)
-    with safe_open(tmp_path / "ours" / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 16
-
-
-def test_silent_failure_2_a_peft_folder(tiny, tmp_path):
-    """Stock diffusers loads nothing of a PEFT folder, with a warning only."""
-    lora = tiny.trained("sd")
-    lora.save(tmp_path, format="peft")
-    stock = tiny.build("sd")
-    bare = tiny.image(stock)
-    stock.load_lora_weights(tmp_path / "unet", weight_name="adapter_model.safetensors")
-    assert torch.equal(tiny.image(stock), bare)
-    ours = LoraPipeline(tiny.build("sd"))
-    assert list(ours.load(tmp_path / "unet")) == ["unet"]
-    assert list(ours.load(tmp_path / "text_encoder")) == ["text_encoder"]
-    tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
-
-
 def test_the_level_text_model_of_other_versions_of_transformers(tiny, tmp_path):
     lora = tiny.trained("sd")
     lora.save(tmp_path / "mine.safetensors")
-    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    old = {key.replace("text_encoder.encoder.", "text_encoder.text_model.encoder."): v for key, v in tensors.items()}
-    assert old.keys() != tensors.keys()
-    ours = LoraPipeline(tiny.build("sd"))
-    ours.load(old)
-    tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
+    tensors = load_file(tmp_path / "mine.safetensors")
+    new = {key.replace("text_encoder.text_model.", "text_encoder."): value for key, value in tensors.items()}
+    assert new.keys() != tensors.keys()
+    both = {name: lora.save(tmp_path / name, format="peft") for name in ("new", "old")}
+    old = both["old"] / "text_encoder" / "adapter_model.safetensors"
+    named = {key.replace(".encoder.", ".text_model.encoder."): value for key, value in load_file(old).items()}
+    save_file(named, old)  # as older versions of transformers name them, and other tools write them
+    for source in (tensors, new, *both.values()):
+        ours = LoraPipeline(tiny.build("sd"))
+        ours.load(source)
+        tiny.close(tiny.image(ours.pipe), tiny.image(lora.pipe), 1e-6)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -122,9 +52,9 @@ def test_files_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="another pipeline"):
         flux.load(tmp_path / "sd")
     lora = LoraPipeline(tiny.build("sd"))
-    with pytest.raises(UnsupportedError, match="not in diffusers' format"):
-        lora.load({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(2, 2)})
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="no known format"):
+        lora.load({"lora_unet_down_blocks_0_attentions_0_proj_in": torch.zeros(2, 2)})
+    with pytest.raises(CheckpointError, match=r"several files|holds no adapter"):
         lora.load(tmp_path)
     with pytest.raises(CheckpointError, match="no file or folder"):
         lora.load(tmp_path / "nothing")
