@@ -33,9 +33,6 @@ from .hotswap import prepare_swap
 from .marks import mark_loaded
 from .wrappers import plain, uncompiled, without_offload
 
-#: Names that pipelines give their denoisers.
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "dit")
-
 
 class LoraPipeline:
     """LoRA on a diffusers pipeline's denoiser and text encoders.
@@ -47,28 +44,32 @@ class LoraPipeline:
         pipe: the diffusers pipeline.
     """
 
-    def __init__(self, pipe: Any, quantization: Mapping[str, Any] | None = None, **load_options: Any) -> None:
+    def __init__(self, pipe: Any, quantization: Any = None, **load_options: Any) -> None:
         """Take a pipeline, or load one.
 
         Args:
             pipe: a loaded pipeline; or what `loading.load_pipeline` takes: Hub name, folder, single file.
-            quantization: component -> quantizer, such as {"unet": "nf4", "text_encoder": "nf4"}: its base weights are
-                stored in 4 bits, convolutions too, in memory and layer by layer. Autoencoders stay dense.
+            quantization: "nf4" for all denoisers and text encoders, or component -> what `lora_adapters.attach` takes:
+                {"unet": {"attention": "nf4", "mlp": "nf4"}, "text_encoder": "nf4"} leaves a UNet's convolutions dense.
+                Layers are quantized one by one, while they are read if the pipeline is loaded here. Autoencoders stay
+                dense.
             load_options: passed to diffusers' from_pretrained or from_single_file.
 
         Raises:
             RequestError: no pipeline, or an unknown component. UnsupportedError: diffusers gives this pipeline no LoRA
-                methods.
+                methods. CheckpointError: see `loading.load_pipeline`.
         """
         if isinstance(pipe, (str, Path)):
-            pipe = loading.load_pipeline(str(pipe), **load_options)
+            pipe = loading.load_pipeline(str(pipe), quantization=quantization, **load_options)
+            quantization = None
         elif load_options:
             raise RequestError(f"{next(iter(load_options))!r} is for loading a pipeline, and this one is loaded.")
         _check_pipeline(pipe)
         self.pipe = pipe
         self._adapters: dict[tuple[str, str], Adapter] = {}
-        for name, wanted in (quantization or {}).items():
-            loading.quantize(self._component(name), wanted)
+        models = {name: plain(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        for name, wanted in loading.by_component(quantization, models, type(pipe).__name__).items():
+            loading.quantize(models[name], wanted)
 
     def __repr__(self) -> str:
         return f"<LoraPipeline around {type(self.pipe).__name__}: {self.adapters or 'no adapters'}>"
@@ -388,7 +389,7 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 def _is_denoiser(name: str) -> bool:
-    return name in DENOISERS
+    return name in loading.DENOISERS
 
 
 def _as_list(names: str | Iterable[str]) -> list[str]:
