@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_adapters as la
 from lora_adapters.adapter import Adapter
+from lora_adapters.drift import DriftReport, measure_drift
 from lora_adapters.errors import (
     CheckpointError,
     LoraAdaptersError,
@@ -28,6 +29,7 @@ from lora_adapters.inject import adapter_names, adopt, unwrap_empty
 from lora_adapters.optimization import OptimizeReport
 
 from . import loading, weights_file
+from .example_inputs import record
 from .exchange import as_folders, take_out
 from .hotswap import prepare_swap
 from .marks import mark_loaded
@@ -363,6 +365,30 @@ class LoraPipeline:
                 plan = swap()
                 if (handle := self._handle(component, adapter_name)) is not None:
                     handle.plan = replace(handle.plan, layers=plan.layers)
+
+    def drift(
+        self,
+        component: str | None = None,
+        quantization: Any = "nf4",
+        by: str | Callable[[str], str] = "role",
+        **call: Any,
+    ) -> DriftReport:
+        """Measure how far 4-bit weights move the output of a dense part, in total and for each of its parts alone.
+
+        Args:
+            component: a denoiser or text encoder; None means the denoiser.
+            quantization, by: as for `lora_adapters.drift.measure_drift`, which says what this costs.
+            call: what to call the pipeline with, such as prompt="a cat", num_inference_steps=4: its inputs to the
+                component are recorded. Without it a denoiser gets random latents at four timesteps.
+
+        Raises:
+            RequestError, UnsupportedError: see `lora_adapters.drift.measure_drift`.
+        """
+        name = component or next(iter(self.components))
+        models = {key: plain(part) for key, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        loading.by_component({name: quantization}, models, type(self.pipe).__name__)
+        inputs = record(self.pipe, models[name], **call) if call else None
+        return measure_drift(models[name], quantization, by=by, inputs=inputs)
 
     def optimize(self) -> dict[str, OptimizeReport]:
         """Make the LoRA layers that stock code loaded compute faster; see `lora_adapters.optimize`. Component -> report."""
