@@ -196,7 +196,11 @@ def _quantized_folder(cls: Any, name: str, quantization: Any, options: dict[str,
         raise RequestError("Give quantization or quantization_config, not both.")
     known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
     index = cls.load_config(name, **{key: options[key] for key in known if key in options})
-    classes = {part: value for part, value in index.items() if isinstance(value, list | tuple) and value[0]}
+    classes = {
+        part: value
+        for part, value in index.items()
+        if isinstance(value, list | tuple) and value[0] and options.get(part, value) is not None
+    }
     wanted = by_component(quantization, classes, str(index.get("_class_name", name)))
     while_reading = {
         part: (DiffusersLayerwiseConfig if classes[part][0] == "diffusers" else TransformersLayerwiseConfig)(how)
@@ -217,7 +221,7 @@ def _quantized_file(cls: Any, name: str, quantization: Any, options: dict[str, A
 
     from .layerwise import DiffusersLayerwiseConfig
 
-    types = cls._get_signature_types()
+    types = {part: found for part, found in cls._get_signature_types().items() if options.get(part, found) is not None}
     wanted = by_component(quantization, types, cls.__name__)
     known = ("torch_dtype", "dtype", "config", "original_config", "local_files_only", "token", "revision", "cache_dir")
     known += ("disable_mmap", "force_download", "proxies")
@@ -233,12 +237,19 @@ def _quantized_file(cls: Any, name: str, quantization: Any, options: dict[str, A
     return pipe
 
 
+def quantize_parts(models: Mapping[str, nn.Module], wanted: Mapping[str, Any]) -> None:
+    """Quantize several parts of a pipeline in memory; what can't be quantized is an error before any is changed."""
+    for part, how in wanted.items():
+        quantizers_of(models[part], how)
+    for part, how in wanted.items():
+        quantize(models[part], how)
+
+
 def _quantize_rest(pipe: Any, wanted: Mapping[str, Any], name: str) -> None:
     """Quantize in memory what was not quantized while it was read."""
-    for part, how in wanted.items():
-        model = getattr(pipe, part)
-        if model is not None and not _finish(model, name):
-            quantize(model, how)
+    models = {part: getattr(pipe, part) for part in wanted}
+    rest = [part for part, model in models.items() if model is not None and not _finish(model, name)]
+    quantize_parts(models, {part: wanted[part] for part in rest})
 
 
 def _kind_of(file: Path) -> str:

@@ -70,8 +70,7 @@ class LoraPipeline:
         self.pipe = pipe
         self._adapters: dict[tuple[str, str], Adapter] = {}
         models = {name: plain(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        for name, wanted in loading.by_component(quantization, models, type(pipe).__name__).items():
-            loading.quantize(models[name], wanted)
+        loading.quantize_parts(models, loading.by_component(quantization, models, type(pipe).__name__))
 
     def __repr__(self) -> str:
         return f"<LoraPipeline around {type(self.pipe).__name__}: {self.adapters or 'no adapters'}>"
