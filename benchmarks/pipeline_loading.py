@@ -3,7 +3,8 @@
     python benchmarks/pipeline_loading.py [--models sd1.5] [--device cpu] [--folder KEPT] [--json]
 
 Random weights in fp16 are written to a folder, which each way then loads in a process of its own. "anonymous" is memory that
-the process can't give back, "mapped" the file's pages that it has touched and the system may drop. Linux only.
+the process can't give back, "mapped" the file's pages that it has touched and the system may drop. The first way may find
+the file in no cache: seconds are for orientation. Linux only.
 """
 
 from __future__ import annotations
