@@ -1,4 +1,4 @@
-"""Tiny single-file checkpoints of Stable Diffusion 1, 2 and XL, named as released: what UIs load, made from a pipeline.
+"""Tiny single-file checkpoints of Stable Diffusion 1, 2, XL and 3, named as released: what UIs load, made from a pipeline.
 
 Written independently of lora_adapters.formats, by inverting diffusers' own converters; stock `from_single_file(path,
 config=folder)` reads them. Every name of a released checkpoint is there but for EMA copies and the noise schedule.
@@ -75,9 +75,9 @@ def write(pipe, path, family="sd1", dtype=None, metadata=None):
     """Write a pipeline as one file and return its tensors by name.
 
     Args:
-        pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline.
+        pipe: a StableDiffusionPipeline, StableDiffusionXLPipeline or StableDiffusion3Pipeline.
         path: the file, ".safetensors".
-        family: "sd1", "sd2" or "sdxl".
+        family: "sd1", "sd2", "sdxl", or "sd3" (whose text encoders are left out).
         dtype: of the floating tensors; None keeps them.
         metadata: entries of the header.
     """
@@ -91,10 +91,13 @@ def write(pipe, path, family="sd1", dtype=None, metadata=None):
 def released(pipe, family):
     """Return a pipeline's tensors by the names of the checkpoint that its family was released in."""
     found = {}
-    layers = pipe.unet.config.layers_per_block
-    attends = {name for name, _ in pipe.unet.named_modules()}
-    for name, value in pipe.unet.state_dict().items():
-        found[f"model.diffusion_model.{_unet_name(name, layers, attends)}"] = value
+    if family == "sd3":
+        found |= {f"model.diffusion_model.{name}": value for name, value in _sd3(pipe.transformer).items()}
+    else:
+        layers = pipe.unet.config.layers_per_block
+        attends = {name for name, _ in pipe.unet.named_modules()}
+        for name, value in pipe.unet.state_dict().items():
+            found[f"model.diffusion_model.{_unet_name(name, layers, attends)}"] = value
     levels = len(pipe.vae.config.block_out_channels)
     for name, value in pipe.vae.state_dict().items():
         square = ".attentions." in name and value.dim() == 2
@@ -104,7 +107,7 @@ def released(pipe, family):
         found |= _clip(first, "cond_stage_model.transformer.")
     elif family == "sd2":
         found |= _open_clip(first, "cond_stage_model.model.")
-    else:
+    elif family == "sdxl":
         found |= _clip(first, "conditioner.embedders.0.transformer.")
         found |= _open_clip(second, "conditioner.embedders.1.model.")
     return found
@@ -144,6 +147,51 @@ def _vae_name(name, levels):
 def _long(name):
     """Return a name of CLIP's with the `text_model.` that transformers 5 leaves out in one class."""
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+
+
+_JOINT = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+_SD3_PLACES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+
+
+def _sd3(model):
+    """Return SD3's transformer in its own names, queries, keys and values in one."""
+    state, count, found = model.state_dict(), len(model.transformer_blocks), {}
+    found["pos_embed"] = state["pos_embed.pos_embed"]
+    for leaf in ("weight", "bias"):
+        found |= {f"{theirs}.{leaf}": state[f"{ours}.{leaf}"] for ours, theirs in _SD3_PLACES.items()}
+        for i in range(count):
+            block, joint = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+            for names, place in (
+                (("to_q", "to_k", "to_v"), "x"),
+                (("add_q_proj", "add_k_proj", "add_v_proj"), "context"),
+            ):
+                parts = [state[f"{block}attn.{name}.{leaf}"] for name in names]
+                found[f"{joint}{place}_block.attn.qkv.{leaf}"] = torch.cat(parts)
+            for ours, theirs in _JOINT.items():
+                if f"{block}{ours}.{leaf}" in state:  # the last block has no context to give on
+                    found[f"{joint}{theirs}.{leaf}"] = state[f"{block}{ours}.{leaf}"]
+        # diffusers' last norms take scale and shift in the other order.
+        for key in (f"joint_blocks.{count - 1}.context_block.adaLN_modulation.1", "final_layer.adaLN_modulation.1"):
+            found[f"{key}.{leaf}"] = torch.cat(found[f"{key}.{leaf}"].chunk(2)[::-1])
+    return found
 
 
 def _clip(model, prefix):

@@ -116,7 +116,11 @@ def test_models():
 
 
 def test_image_weights():
-    rows = json.loads(run("image_weights.py", "--models", "resnet50", "vit_base_patch16_224", "--json").stdout)
-    resnet, vit = rows
+    pytest.importorskip("diffusers")
+    models = ("resnet50", "vit_base_patch16_224", "sd1.5", "sdxl")
+    resnet, vit, sd, sdxl = json.loads(run("image_weights.py", "--models", *models, "--json").stdout)
     assert resnet["NF4, ours, MB"] < 0.4 * resnet["NF4, linear only, MB"] == 0.4 * resnet["16 bits, MB"]
     assert vit["NF4, ours, MB"] <= vit["NF4, linear only, MB"] < 0.3 * vit["16 bits, MB"]
+    assert (sd["values"], sdxl["values"]) == ("859.5M", "2567.5M")
+    assert sd["NF4, ours, MB"] <= 450 < 1300 < sd["NF4, linear only, MB"]
+    assert sdxl["NF4, ours, MB"] <= 1350 < 1800 < sdxl["NF4, linear only, MB"]

@@ -8,7 +8,7 @@ from .bnb_quantizers import Bnb4bit, Fp4, Int8, Nf4
 from .conv4bit import Conv1d4bit, Conv2d4bit
 from .dense import DenseStore, dense_store, layer_kind, why_not_plain
 from .marking import mark_quantized
-from .quantize import BUILTIN_QUANTIZERS, quantize_modules, quantized_format, quantizer_for, store_for
+from .quantize import BUILTIN_QUANTIZERS, quantize_module, quantize_modules, quantized_format, quantizer_for, store_for
 from .store import Quantizer, WeightStore
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "guard_cpu_repacking",
     "layer_kind",
     "mark_quantized",
+    "quantize_module",
     "quantize_modules",
     "quantized_format",
     "quantizer_for",

@@ -175,6 +175,23 @@ def quantize_modules(
     keep_called(model)
 
 
+def quantize_module(name: str, module: nn.Module, quantizer: Quantizer, compute_dtype: torch.dtype) -> nn.Module:
+    """Return the quantized twin of one dense module, for callers that put it in its place themselves.
+
+    Args:
+        name: what errors call it.
+        module: the dense module; it is left as it is.
+        quantizer, compute_dtype: as for `quantize_modules`.
+
+    Raises:
+        RequestError: the quantizer can't take it, or its weight is not finite or too large.
+    """
+    if reason := quantizer.supports(module):
+        raise RequestError(f"Can't quantize {name!r} to {quantizer.name}: {reason}.")
+    _check_values(name, module, getattr(quantizer, "largest", None))
+    return quantizer.quantize(module, compute_dtype)
+
+
 def _validate(model: nn.Module, assignment: Mapping[str, Quantizer]) -> None:
     """Raise RequestError for the first name that can't be replaced."""
     modules = dict(model.named_modules(remove_duplicate=False))

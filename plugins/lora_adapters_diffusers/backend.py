@@ -52,6 +52,12 @@ class DiffusersBackend:
 
         return example_inputs(model, batch_size, device)
 
+    def spread_inputs(self, model: nn.Module, example: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return an example at several timesteps; see `example_inputs.spread`."""
+        from .example_inputs import spread
+
+        return spread(example)
+
     def can_load(self, name: str, revision: str | None = None) -> bool:
         """Return True if `name` is a folder with the config of one diffusers model."""
         from .loading import model_class

@@ -1,7 +1,8 @@
-"""Inputs of one training step, to predict its memory: the shapes that the model's own resolution gives."""
+"""Inputs of a denoiser: of the shapes that its own resolution gives, at several timesteps, or a pipeline's real ones."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,28 @@ def _flux(config: Any, normal: Callable[..., torch.Tensor], timestep: torch.Tens
         "txt_ids": torch.zeros(FLUX_T5_TOKENS, axes, device=timestep.device),
     }
     return inputs | ({"guidance": torch.ones_like(inputs["timestep"])} if config.guidance_embeds else {})
+
+
+def spread(example: dict[str, Any], count: int = 4) -> list[dict[str, Any]]:
+    """Return an example, whose timestep is in the middle, at `count` timesteps from little noise to much."""
+    factors = [2 * (i + 0.5) / count for i in range(count)]
+    return [example | {"timestep": (example["timestep"] * factor).to(example["timestep"].dtype)} for factor in factors]
+
+
+def record(pipe: Any, model: nn.Module, **call: Any) -> list[dict[str, Any]]:
+    """Return the keyword arguments with which `pipe(**call)` calls one of its models, one mapping for each call."""
+    names, seen = list(inspect.signature(model.forward).parameters), []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen.append(dict(zip(names, arguments, strict=False)) | keywords)
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            pipe(**call)
+    finally:
+        handle.remove()
+    return seen
 
 
 _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,8 +1,10 @@
-"""Loading one model of diffusers, or a whole pipeline, with base weights quantized in memory."""
+"""Loading one model of diffusers, or a whole pipeline, with base weights quantized while they are read, or in memory."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,16 @@ def load(
 ) -> nn.Module:
     """Load one model (not a pipeline) by folder or name.
 
-    The dense weights are read first and quantized one layer at a time on the CPU, so that takes the dense model's memory
-    there; the device gets the small one.
+    With `quantization` each layer is quantized when its weight is read, on the device: see `layerwise`.
 
     Args:
         name: folder with config.json, or Hub name; `subfolder="unet"` in `options` reaches into a pipeline.
-        quantization, dtype, device, revision: as for `lora_adapters.load`; dtype "auto" takes the checkpoint's.
-        **options: passed to `from_pretrained`.
+        quantization, dtype, device, revision: as for `lora_adapters.load`; dtype "auto" means float32, as in diffusers.
+        **options: passed to `from_pretrained`, such as variant.
 
     Raises:
-        RequestError: `name` is no diffusers model.
+        RequestError: `name` is no diffusers model, or one that is quantized already. CheckpointError: its weights are
+            those of another model, incomplete or not finite.
     """
     cls: Any = model_class(str(Path(name) / options["subfolder"]) if "subfolder" in options else name, revision)
     if cls is None:
@@ -58,9 +60,42 @@ def load(
             f"{name!r} holds no config.json that names a diffusers model. For a pipeline use LoraPipeline, or load one "
             "of its folders, such as unet."
         )
-    model = cls.from_pretrained(name, revision=revision, **_dtype(dtype), **options)
-    quantize(model, quantization)
-    return model.to(pick_device(device))
+    target = pick_device(device)
+    source = {"revision": revision, **_dtype(dtype), **options}
+    if quantization is None:
+        return cls.from_pretrained(name, **source).to(target)
+    from .layerwise import DiffusersLayerwiseConfig
+
+    if target.type != "cpu":
+        source["device_map"] = {"": target}
+    with _shapes_checked():
+        model = cls.from_pretrained(name, quantization_config=DiffusersLayerwiseConfig(quantization), **source)
+    _finish(model, name)
+    return model.to(target)
+
+
+def _finish(model: nn.Module, name: str) -> bool:
+    """Return True if a model was quantized layer by layer; raise if another method has quantized it before."""
+    from .layerwise import finish
+
+    if not finish(model):
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise RequestError(f"The weights in {name} are quantized already: leave quantization out.")
+        return False
+    return True
+
+
+@contextmanager
+def _shapes_checked() -> Iterator[None]:
+    """Name what diffusers finds to be of another shape in one of our errors; its advice is for other cases."""
+    try:
+        yield
+    except ValueError as error:
+        if "expected shape" not in str(error) or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"Config and weights are of different models. {str(error).split('. If you')[0]}"
+        ) from None
 
 
 def _dtype(dtype: torch.dtype | str) -> dict[str, Any]:
@@ -97,23 +132,125 @@ _SINGLE_FILES = {
 }
 
 
-def load_pipeline(name: str, pipeline: str | None = None, **options: Any) -> Any:
+#: Names that pipelines give their denoisers.
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "dit")
+
+
+def quantizable(names: Iterable[str]) -> list[str]:
+    """Return the denoisers and text encoders among the parts of a pipeline."""
+    return [name for name in names if name in DENOISERS or name.startswith("text_encoder")]
+
+
+def by_component(quantization: Any, parts: Iterable[str], pipeline: str) -> dict[str, Any]:
+    """Return component -> what `lora_adapters.attach(quantization=)` takes; {} for None.
+
+    Args:
+        quantization: a mapping of that kind, or one quantizer for every denoiser and text encoder.
+        parts: names of the pipeline's models.
+        pipeline: what errors call it.
+
+    Raises:
+        RequestError: a component that the pipeline lacks, or one that stays dense.
+    """
+    names = quantizable(parts)
+    if quantization is None:
+        return {}
+    if not isinstance(quantization, Mapping):
+        return dict.fromkeys(names, quantization)
+    for name in quantization:
+        if name not in names:
+            why = " Autoencoders and other parts stay dense." if name in parts or name == "vae" else ""
+            raise RequestError(f"{pipeline} has no part {name!r} to quantize. It has: {names}.{why}")
+    return {name: wanted for name, wanted in quantization.items() if wanted is not None}
+
+
+def load_pipeline(name: str, pipeline: str | None = None, quantization: Any = None, **options: Any) -> Any:
     """Load a pipeline from a folder, a single file (the form that UIs load) or the Hub.
 
     Args:
         name: path or Hub name.
         pipeline: name of the class that reads a single file; None tells it from the file's tensors.
+        quantization: as for `by_component`. Layers are quantized when they are read, the text encoders of a single file
+            afterwards.
         **options: passed to diffusers. A single file needs `config=`, a folder with the pipeline's configs, where there is
             no network.
 
     Raises:
-        RequestError: what a single file holds is not known.
+        RequestError: what a single file holds is not known, or an unknown component. CheckpointError: a part to quantize
+            has weights of another model, incomplete or not finite.
     """
     import diffusers
 
-    if Path(name).is_file():
-        return getattr(diffusers, pipeline or _kind_of(Path(name))).from_single_file(name, **options)
-    return diffusers.DiffusionPipeline.from_pretrained(name, **options)
+    single = Path(name).is_file()
+    cls: Any = getattr(diffusers, pipeline or _kind_of(Path(name))) if single else diffusers.DiffusionPipeline
+    if quantization is None:
+        return (cls.from_single_file if single else cls.from_pretrained)(name, **options)
+    return (_quantized_file if single else _quantized_folder)(cls, name, quantization, options)
+
+
+def _quantized_folder(cls: Any, name: str, quantization: Any, options: dict[str, Any]) -> Any:
+    from diffusers import PipelineQuantizationConfig
+
+    from .layerwise import DiffusersLayerwiseConfig, TransformersLayerwiseConfig
+
+    if "quantization_config" in options:
+        raise RequestError("Give quantization or quantization_config, not both.")
+    known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+    index = cls.load_config(name, **{key: options[key] for key in known if key in options})
+    classes = {
+        part: value
+        for part, value in index.items()
+        if isinstance(value, list | tuple) and value[0] and options.get(part, value) is not None
+    }
+    wanted = by_component(quantization, classes, str(index.get("_class_name", name)))
+    while_reading = {
+        part: (DiffusersLayerwiseConfig if classes[part][0] == "diffusers" else TransformersLayerwiseConfig)(how)
+        for part, how in wanted.items()
+        if part not in options
+    }
+    if while_reading:
+        options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=while_reading)
+    with _shapes_checked():
+        pipe = cls.from_pretrained(name, **options)
+    vars(pipe).pop("quantization_config", None)
+    _quantize_rest(pipe, wanted, name)
+    return pipe
+
+
+def _quantized_file(cls: Any, name: str, quantization: Any, options: dict[str, Any]) -> Any:
+    from diffusers.loaders import FromOriginalModelMixin
+
+    from .layerwise import DiffusersLayerwiseConfig
+
+    types = {part: found for part, found in cls._get_signature_types().items() if options.get(part, found) is not None}
+    wanted = by_component(quantization, types, cls.__name__)
+    known = ("torch_dtype", "dtype", "config", "original_config", "local_files_only", "token", "revision", "cache_dir")
+    known += ("disable_mmap", "force_download", "proxies")
+    for part, how in wanted.items():
+        model: Any = types[part][0]
+        if part not in options and issubclass(model, FromOriginalModelMixin):
+            source = {key: options[key] for key in known if key in options} | {"subfolder": part}
+            config = DiffusersLayerwiseConfig(how)
+            with _shapes_checked():
+                options[part] = model.from_single_file(name, quantization_config=config, **source)
+    pipe = cls.from_single_file(name, **options)
+    _quantize_rest(pipe, wanted, name)
+    return pipe
+
+
+def quantize_parts(models: Mapping[str, nn.Module], wanted: Mapping[str, Any]) -> None:
+    """Quantize several parts of a pipeline in memory; what can't be quantized is an error before any is changed."""
+    for part, how in wanted.items():
+        quantizers_of(models[part], how)
+    for part, how in wanted.items():
+        quantize(models[part], how)
+
+
+def _quantize_rest(pipe: Any, wanted: Mapping[str, Any], name: str) -> None:
+    """Quantize in memory what was not quantized while it was read."""
+    models = {part: getattr(pipe, part) for part in wanted}
+    rest = [part for part, model in models.items() if model is not None and not _finish(model, name)]
+    quantize_parts(models, {part: wanted[part] for part in rest})
 
 
 def _kind_of(file: Path) -> str:

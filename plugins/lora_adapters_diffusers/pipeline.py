@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 import lora_adapters as la
 from lora_adapters import formats
 from lora_adapters.adapter import Adapter
+from lora_adapters.drift import DriftReport, measure_drift
 from lora_adapters.errors import (
     CheckpointError,
     LoraAdaptersError,
@@ -31,13 +32,11 @@ from lora_adapters.inject import adapter_names, adopt, unwrap_empty
 from lora_adapters.optimization import OptimizeReport
 
 from . import exchange, loading
+from .example_inputs import record
 from .families import check_kohya_names, pipeline_family
 from .hotswap import prepare_compiled_swaps, prepare_swap
 from .marks import mark_loaded
 from .wrappers import plain, uncompiled, without_offload
-
-#: Names that pipelines give their denoisers.
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "dit")
 
 
 class LoraPipeline:
@@ -50,28 +49,31 @@ class LoraPipeline:
         pipe: the diffusers pipeline.
     """
 
-    def __init__(self, pipe: Any, quantization: Mapping[str, Any] | None = None, **load_options: Any) -> None:
+    def __init__(self, pipe: Any, quantization: Any = None, **load_options: Any) -> None:
         """Take a pipeline, or load one.
 
         Args:
             pipe: a loaded pipeline; or what `loading.load_pipeline` takes: Hub name, folder, single file.
-            quantization: component -> quantizer, such as {"unet": "nf4", "text_encoder": "nf4"}: its base weights are
-                stored in 4 bits, convolutions too, in memory and layer by layer. Autoencoders stay dense.
+            quantization: "nf4" for all denoisers and text encoders, or component -> what `lora_adapters.attach` takes:
+                {"unet": {"attention": "nf4", "mlp": "nf4"}, "text_encoder": "nf4"} leaves a UNet's convolutions dense.
+                Layers are quantized one by one, while they are read if the pipeline is loaded here. Autoencoders stay
+                dense.
             load_options: passed to diffusers' from_pretrained or from_single_file.
 
         Raises:
             RequestError: no pipeline, or an unknown component. UnsupportedError: diffusers gives this pipeline no LoRA
-                methods.
+                methods. CheckpointError: see `loading.load_pipeline`.
         """
         if isinstance(pipe, (str, Path)):
-            pipe = loading.load_pipeline(str(pipe), **load_options)
+            pipe = loading.load_pipeline(str(pipe), quantization=quantization, **load_options)
+            quantization = None
         elif load_options:
             raise RequestError(f"{next(iter(load_options))!r} is for loading a pipeline, and this one is loaded.")
         _check_pipeline(pipe)
         self.pipe = pipe
         self._adapters: dict[tuple[str, str], Adapter] = {}
-        for name, wanted in (quantization or {}).items():
-            loading.quantize(self._component(name), wanted)
+        models = {name: plain(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        loading.quantize_parts(models, loading.by_component(quantization, models, type(pipe).__name__))
 
     def __repr__(self) -> str:
         return f"<LoraPipeline around {type(self.pipe).__name__}: {self.adapters or 'no adapters'}>"
@@ -385,6 +387,30 @@ class LoraPipeline:
                     handle.plan = replace(handle.plan, layers=plan.layers)
         _tell("Swapped in", folders.notes)
 
+    def drift(
+        self,
+        component: str | None = None,
+        quantization: Any = "nf4",
+        by: str | Callable[[str], str] = "role",
+        **call: Any,
+    ) -> DriftReport:
+        """Measure how far 4-bit weights move the output of a dense part, in total and for each of its parts alone.
+
+        Args:
+            component: a denoiser or text encoder; None means the denoiser.
+            quantization, by: as for `lora_adapters.drift.measure_drift`, which says what this costs.
+            call: what to call the pipeline with, such as prompt="a cat", num_inference_steps=4: its inputs to the
+                component are recorded. Without it a denoiser gets random latents at four timesteps.
+
+        Raises:
+            RequestError, UnsupportedError: see `lora_adapters.drift.measure_drift`.
+        """
+        name = component or next(iter(self.components))
+        models = {key: plain(part) for key, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        loading.by_component({name: quantization}, models, type(self.pipe).__name__)
+        inputs = record(self.pipe, models[name], **call) if call else None
+        return measure_drift(models[name], quantization, by=by, inputs=inputs)
+
     def optimize(self) -> dict[str, OptimizeReport]:
         """Make the LoRA layers that stock code loaded compute faster; see `lora_adapters.optimize`. Component -> report."""
         carriers = list(self.adapters)
@@ -416,7 +442,7 @@ def _tell(what: str, notes: Sequence[str]) -> None:
 
 
 def _is_denoiser(name: str) -> bool:
-    return name in DENOISERS
+    return name in loading.DENOISERS
 
 
 def _as_list(names: str | Iterable[str]) -> list[str]:
