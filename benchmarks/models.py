@@ -102,9 +102,11 @@ TINY = {
 
 
 class Step:
-    """A training step of one variant."""
+    """A training step of one variant, its forward and backward as a CUDA graph if `graphed`."""
 
-    def __init__(self, model: nn.Module, shape: Shape, inputs: dict[str, Any], autocast: bool) -> None:
+    def __init__(
+        self, model: nn.Module, shape: Shape, inputs: dict[str, Any], autocast: bool, graphed: bool = False
+    ) -> None:
         self.model, self.device = model.train(), next(iter(inputs.values())).device.type
         self.autocast = autocast
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -118,13 +120,23 @@ class Step:
         if shape.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+        self.graph = None
+        if graphed:
+            # The inputs are the same every time: they need not be copied to where the graph reads them.
+            self.graph = lora_adapters.GraphedLoss(lambda _: self._loss(), self.trained)
+
+    def _loss(self) -> torch.Tensor:
+        mixed = torch.autocast(self.device, dtype=torch.bfloat16) if self.autocast else nullcontext()
+        with mixed:
+            out = self.model(**self.inputs)
+            return out.loss if hasattr(out, "loss") else out.sample.float().square().mean()
+
     def __call__(self, steps: int = 1) -> None:
         for _ in range(steps):
-            mixed = torch.autocast(self.device, dtype=torch.bfloat16) if self.autocast else nullcontext()
-            with mixed:
-                out = self.model(**self.inputs)
-                loss = out.loss if hasattr(out, "loss") else out.sample.float().square().mean()
-            loss.backward()
+            if self.graph is None:
+                self._loss().backward()
+            else:
+                self.graph({})
             if self.optimizer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -149,7 +161,7 @@ def steps(shape: Shape, weights: str, device: str) -> dict[str, Step]:
         mark_quantized(base, quantizer)
         base.is_loaded_in_4bit = True
 
-    def adapted(ours: bool, half: bool) -> Step:
+    def adapted(ours: bool, half: bool, graphed: bool = False) -> Step:
         model: Any = copy.deepcopy(base)
         if ours:
             lora_adapters.attach(model, rank=RANK, targets=names, modules_to_save=[], seed=0)
@@ -158,15 +170,18 @@ def steps(shape: Shape, weights: str, device: str) -> dict[str, Step]:
         for parameter in model.parameters():
             if parameter.requires_grad and half:
                 parameter.data = parameter.data.to(torch.bfloat16)
-        return Step(model, shape, inputs, autocast=not half)
+        return Step(model, shape, inputs, autocast=not half, graphed=graphed)
 
-    return {
+    found = {
         "base": Step(copy.deepcopy(base), shape, inputs, False),
         "PEFT, autocast": adapted(False, False),
         "PEFT, bf16": adapted(False, True),
         "ours, autocast": adapted(True, False),
         "ours, bf16": adapted(True, True),
     }
+    if device == "cuda" and not shape.checkpointing:  # transformers' checkpointing saves the generator's state
+        found["ours, bf16, CUDA graph"] = adapted(True, True, graphed=True)
+    return found
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -198,7 +213,7 @@ def measure(shape: Shape, weights: str, args: argparse.Namespace) -> list[dict[s
             "variant": name,
             "ms/step": 1000 * median(rounds, name),
             "/ base": ratio(rounds, name, "base"),
-            "/ PEFT": ratio(rounds, name, "PEFT, bf16" if name.endswith("bf16") else "PEFT, autocast"),
+            "/ PEFT": ratio(rounds, name, "PEFT, bf16" if "bf16" in name else "PEFT, autocast"),
             "peak GiB": peak(step, args.device),
         }
         for name, step in found.items()
@@ -239,7 +254,10 @@ def main() -> None:
         for weights in args.weights:
             rows += measure(shape, weights, args)
             if not args.json:
-                print(table(rows[-5:]), flush=True)
+                print(
+                    table([row for row in rows if row["model"] == shape.title and row["weights"] == weights]),
+                    flush=True,
+                )
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

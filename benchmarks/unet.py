@@ -5,7 +5,8 @@
 Random weights of the true shapes, batch 2, 512 and 1024 px, rank 16, adapters in fp32 under bf16 autocast, as diffusers'
 training scripts do it. A step is forward, backward and fused AdamW; a frozen base's is forward and backward down to its
 inputs. PEFT's 4 bits are what diffusers can load, NF4 on linear layers; ours take convolutions too; both with nested
-statistics. "compiled" compiles the UNet's repeated blocks (diffusers' compile_repeated_blocks).
+statistics. "compiled" compiles the UNet's repeated blocks (diffusers' compile_repeated_blocks), "CUDA graph" replays
+forward and backward (lora_adapters.GraphedLoss, which takes any model).
 Each round runs every variant for some steps in turn, and a ratio is the median over rounds of two variants of the same
 round. Weights are those of the base; the peak is theirs and all that a step allocates. On a CPU a tiny UNet runs.
 """
@@ -32,20 +33,23 @@ from lora_adapters.weights import mark_quantized, quantize_modules, quantizer_fo
 RANK = 16
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-#: Variant -> whose layers, on which base, with adapters on convolutions, compiled.
-VARIANTS: dict[str, tuple[str, str, bool, bool]] = {
-    "frozen base": ("none", "bf16", False, False),
-    "PEFT": ("peft", "bf16", False, False),
-    "ours": ("ours", "bf16", False, False),
-    "PEFT, convolutions": ("peft", "bf16", True, False),
-    "ours, convolutions": ("ours", "bf16", True, False),
-    "PEFT, compiled": ("peft", "bf16", False, True),
-    "ours, compiled": ("ours", "bf16", False, True),
-    "frozen base, NF4": ("none", "nf4", False, False),
-    "PEFT, NF4 linear": ("peft", "nf4 linear", False, False),
-    "ours, NF4 linear": ("ours", "nf4 linear", False, False),
-    "ours, NF4": ("ours", "nf4", False, False),
-    "ours, NF4, compiled": ("ours", "nf4", False, True),
+#: Variant -> whose layers, on which base, with adapters on convolutions, how it is run.
+VARIANTS: dict[str, tuple[str, str, bool, str]] = {
+    "frozen base": ("none", "bf16", False, ""),
+    "PEFT": ("peft", "bf16", False, ""),
+    "ours": ("ours", "bf16", False, ""),
+    "PEFT, convolutions": ("peft", "bf16", True, ""),
+    "ours, convolutions": ("ours", "bf16", True, ""),
+    "PEFT, compiled": ("peft", "bf16", False, "compiled"),
+    "ours, compiled": ("ours", "bf16", False, "compiled"),
+    "PEFT, CUDA graph": ("peft", "bf16", False, "graph"),
+    "ours, CUDA graph": ("ours", "bf16", False, "graph"),
+    "frozen base, NF4": ("none", "nf4", False, ""),
+    "PEFT, NF4 linear": ("peft", "nf4 linear", False, ""),
+    "ours, NF4 linear": ("ours", "nf4 linear", False, ""),
+    "ours, NF4": ("ours", "nf4", False, ""),
+    "ours, NF4, compiled": ("ours", "nf4", False, "compiled"),
+    "ours, NF4, CUDA graph": ("ours", "nf4", False, "graph"),
 }
 #: What a ratio is taken to: the variant's own kind of adapters.
 RIVALS = {"ours, convolutions": "PEFT, convolutions", "ours, compiled": "PEFT, compiled"}
@@ -144,7 +148,7 @@ def _held(device: str) -> int:
 
 def step_of(name: str, base: nn.Module, shape: Shape, inputs: dict[str, Any]) -> Step:
     """Return a variant's step. It shares the base's weights, which nothing trains."""
-    whose, _, convolutions, compiled = VARIANTS[name]
+    whose, _, convolutions, how = VARIANTS[name]
     model: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     ends = ATTENTION + CONVOLUTIONS * convolutions
     targets = [n for n, _ in model.named_modules() if n.endswith(tuple("." + end for end in ends))]
@@ -152,16 +156,18 @@ def step_of(name: str, base: nn.Module, shape: Shape, inputs: dict[str, Any]) ->
         lora_adapters.attach(model, rank=RANK, targets=targets, modules_to_save=[], seed=0)
     elif whose == "peft":
         get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
-    if compiled:
+    if how == "compiled":
         # Blocks of one class come with several widths and sizes, each compiled for itself.
         torch._dynamo.config.recompile_limit = 64
         model.compile_repeated_blocks()
-    return Step(model, shape, inputs, autocast=whose != "none")
+    return Step(model, shape, inputs, autocast=whose != "none", graphed=how == "graph")
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of one UNet."""
-    wanted = [name for name in VARIANTS if name in args.variants]
+    wanted = [
+        name for name in VARIANTS if name in args.variants and (VARIANTS[name][3] != "graph" or args.device == "cuda")
+    ]
     stored = bases(shape, args.device, {VARIANTS[name][1] for name in wanted})
     inputs = {name: _to(value, args.device) for name, value in shape.inputs().items()}
     found = {name: step_of(name, stored[VARIANTS[name][1]][0], shape, inputs) for name in wanted}
