@@ -206,7 +206,7 @@ def test_compiled_models(tiny, tmp_path):
         lora = LoraPipeline(tiny.build("sd"))
         lora.load(a, adapter_name="a")
         if compiled:
-            lora.pipe.unet = torch.compile(lora.pipe.unet, backend="eager")
+            lora.pipe.unet = torch.compile(lora.pipe.unet, backend="eager", fullgraph=True)
         wrapper = lora.pipe.unet
         lora.load(b, adapter_name="b")
         lora.set({"a": 0.5, "b": 2.0})
