@@ -223,26 +223,6 @@ def test_compiled_models(tiny, tmp_path):
     assert tiny.differs(expected[0], expected[2])
 
 
-def test_offloaded_models(tiny, tmp_path):
-    """Hooks of group offloading, which runs on a CPU too, come off while layers change, and are back afterwards."""
-    a, _ = tiny.two(tmp_path)
-    lora, plain = LoraPipeline(tiny.build("sd")), LoraPipeline(tiny.build("sd"))
-    lora.denoiser.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    )
-    for each in (lora, plain):
-        each.load(a, adapter_name="a")
-    tiny.close(tiny.image(lora.pipe), tiny.image(plain.pipe), 1e-6)
-    for each in (lora, plain):
-        each.attach(rank=2, adapter_name="mine", init_lora_weights=False, seed=3)
-    tiny.close(tiny.image(lora.pipe), tiny.image(plain.pipe), 1e-6)
-    lora.delete("mine")
-    lora.set("a")
-    plain.set("a")
-    tiny.close(tiny.image(lora.pipe), tiny.image(plain.pipe), 1e-6)
-    assert any(hasattr(m, "_diffusers_hook") for m in lora.denoiser.modules())
-
-
 @pytest.mark.parametrize("kind", ["sd", "flux"])
 def test_four_bits_on_the_cpu(tiny, kind, tmp_path):
     pytest.importorskip("bitsandbytes")
