@@ -71,11 +71,16 @@ def peft_model_of(base: nn.Module) -> PeftModel | None:
     state = _State.of(base)
     if state is None:
         return None
-    if not inject.adapter_names(base):
+    left = sorted(inject.adapter_names(base))
+    if not left:
         # Other code has taken every adapter off (diffusers' unload_lora_weights, say): nothing is left to take back.
         state.marks.revert()
         _State.forget(base)
         return None
+    state.adapters = {name: adapter for name, adapter in state.adapters.items() if name in left}
+    if state.peft_model.active_adapter not in left:
+        # Other code has deleted it from the layers (diffusers' delete_adapters), which tells PEFT's model nothing.
+        state.peft_model.active_adapter = left[0]
     for adapter in state.adapters.values():
         wrappers.refuse_replaced(base, adapter.plan)
     return state.peft_model
@@ -131,8 +136,11 @@ class Adapter:
     @property
     def _state(self) -> _State:
         state = _State.of(self.base)
-        if state is None:
-            raise StateError(f"Adapter {self.name!r} is unknown to its base: the model was copied or rebuilt.")
+        if state is None or self.name not in state.adapters:
+            raise StateError(
+                f"Adapter {self.name!r} is unknown to its base: the model was copied or rebuilt, or other code took the "
+                "adapter off."
+            )
         return state
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .weights import Quantizer
 
 #: Roles that `quantization="nf4"` covers when nothing finer is asked: heads, embeddings and routers stay dense.
-QUANTIZED_ROLES = ("q", "k", "v", "o", "qkv", "kv", "mlp", "other")
+QUANTIZED_ROLES = ("q", "k", "v", "o", "qkv", "kv", "mlp", "time", "other")
 
 
 def assign_quantizers(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Words of a role expression that stand for several roles.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o", "qkv", "kv"),
-    "all-linear": ("q", "k", "v", "o", "qkv", "kv", "mlp", "other"),
+    "all-linear": ("q", "k", "v", "o", "qkv", "kv", "mlp", "time", "other"),
 }
 
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from ..targets import ModelInfo
 
 #: The roles a module can have. "qkv" is one projection that holds q, k and v; "kv" one that holds k and v;
-#: "attention" in a request means all of the first six, "other" is a projection of no better-known kind (it belongs to
-#: "all-linear" only).
-ROLES = ("q", "k", "v", "o", "qkv", "kv", "mlp", "conv", "embedding", "head", "router", "other")
+#: "attention" in a request means all of the first six; "time" makes or reads a denoiser's embedding of its timestep, and
+#: "other" is a projection of no better-known kind (both belong to "all-linear" only).
+ROLES = ("q", "k", "v", "o", "qkv", "kv", "mlp", "conv", "time", "embedding", "head", "router", "other")
 
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

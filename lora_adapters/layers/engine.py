@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import MergeError
 from ..weights import store_for
-from ..weights.dense import is_transposed
+from ..weights.dense import forward_of_another, is_transposed
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class EngineLayer(nn.Module, LoraLayer):
         except AttributeError:
             # Not yet there while a copy is being made; a name of PEFT's must not be found on another layer of its.
             base = vars(self).get("_modules", {}).get("base_layer")
-            if base is None or name == "base_layer" or name.startswith(("lora_", "__")):
+            if base is None or name in _OWN or name.startswith(("lora_", "__")):
                 raise
             return getattr(base, name)
 
@@ -143,6 +143,12 @@ class EngineLayer(nn.Module, LoraLayer):
         store = store_for(original)
         if store is None:
             raise MergeError(f"Can't merge into a {type(original).__name__}: its weight can't be read.")
+        if forward_of_another(original):
+            raise MergeError(
+                f"Can't merge into a {type(original).__name__} whose forward other code has replaced (hooks of diffusers' "
+                "offloading, say): it would go on computing with the old weight. Take the hooks off first, as "
+                "LoraPipeline.fuse does."
+            )
         with torch.no_grad():
             # The sum is taken in float32 at least: a 16-bit sum would round small updates away before the last step.
             wide = torch.promote_types(store.dtype, torch.float32)
@@ -175,6 +181,10 @@ class EngineLayer(nn.Module, LoraLayer):
             raise MergeError(f"Adapter {name!r} has a bias (lora_bias=True), and the base layer has none to take it.")
         return bias + self.lora_B[name].bias * self.scaling[name]  # type: ignore[operator,union-attr]
 
+
+#: Names never looked up in the base: accelerate and diffusers would take the base's hooks for the layer's, and take them
+#: off twice.
+_OWN = ("base_layer", "_hf_hook", "_old_forward", "_diffusers_hook")
 
 # A 70B model takes 560 layers of ten modules each, and constructing a module takes longer than everything else that
 # attaching does. So each kind is constructed once, and the others are copies of that one with containers of their own.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
@@ -115,9 +117,30 @@ class DenseStore:
             # nn.Module keeps parameters, buffers, children and hooks in dicts that copy.copy would share.
             if name.startswith("_") and isinstance(value, dict):
                 vars(new)[name] = copy.copy(value)
+        _rebind(self.module, new)
         values = weight.detach()
         new._parameters["weight"] = nn.Parameter(values.t().contiguous() if self._transposed else values, False)
         return new
+
+
+def _rebind(old: nn.Module, new: nn.Module) -> None:
+    """Bind to a copy what is bound to the old module: a forward that hooks put on it would compute with the old weight."""
+    for name, value in list(vars(new).items()):
+        if isinstance(value, MethodType) and value.__self__ is old:
+            vars(new)[name] = MethodType(value.__func__, new)
+        elif isinstance(value, partial) and value.args and value.args[0] is old:
+            vars(new)[name] = partial(value.func, new, *value.args[1:], **value.keywords)
+
+
+def forward_of_another(module: nn.Module) -> bool:
+    """Return True if a forward was put on a module, and a copy's would go on computing with this one's weight.
+
+    Hooks of accelerate find what they wrap through the module that they are given, and methods are bound: `_rebind`
+    serves both. What a closure holds (diffusers' hooks, a user's own function) can't be told.
+    """
+    forward = vars(module).get("forward")
+    bound = isinstance(forward, MethodType) and forward.__self__ is module
+    return forward is not None and not bound and "_old_forward" not in vars(module)
 
 
 def dense_store(module: nn.Module) -> DenseStore | None:

@@ -23,7 +23,7 @@ class DiffusersBackend:
     name = "diffusers"
     #: Convolutions hold two thirds of the weights of SD1.5's UNet. What reads latents and what makes the prediction
     #: ("embedding" and "head": conv_in, conv_out, proj_out) stay dense.
-    quantized_roles = ("q", "k", "v", "o", "qkv", "kv", "mlp", "conv", "other")
+    quantized_roles = ("q", "k", "v", "o", "qkv", "kv", "mlp", "conv", "time", "other")
 
     def family(self, model: nn.Module) -> str:
         """Return the model's class name."""

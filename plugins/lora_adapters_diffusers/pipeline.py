@@ -36,7 +36,7 @@ from .example_inputs import record
 from .families import check_kohya_names, pipeline_family
 from .hotswap import prepare_compiled_swaps, prepare_swap
 from .marks import mark_loaded
-from .wrappers import plain, uncompiled, without_offload
+from .wrappers import onloaded, plain, uncompiled, without_offload
 
 
 class LoraPipeline:
@@ -139,6 +139,7 @@ class LoraPipeline:
 
     # ---- adding ------------------------------------------------------------------------------------------------------
 
+    @onloaded
     def attach(
         self,
         rank: int = 16,
@@ -164,12 +165,11 @@ class LoraPipeline:
         """
         names = [next(iter(self.components))] if components is None else _as_list(components)
         chosen = {name: self._component(name) for name in names}
-        with without_offload(self.pipe):
-            return self._all_or_none(
-                (component, la.attach(module, rank=rank, targets=meant, adapter_name=adapter_name, **options))
-                for component, module in chosen.items()
-                for meant in ("attention" if targets == "auto" and not _is_denoiser(component) else targets,)
-            )
+        return self._all_or_none(
+            (component, la.attach(module, rank=rank, targets=meant, adapter_name=adapter_name, **options))
+            for component, module in chosen.items()
+            for meant in ("attention" if targets == "auto" and not _is_denoiser(component) else targets,)
+        )
 
     def _all_or_none(self, steps: Iterator[tuple[str, Adapter]]) -> dict[str, Adapter]:
         made: dict[str, Adapter] = {}
@@ -231,6 +231,7 @@ class LoraPipeline:
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
+    @onloaded
     def save(
         self,
         path: str | Path,
@@ -301,6 +302,7 @@ class LoraPipeline:
             except ValueError as error:
                 raise RequestError(f"diffusers does not take these weights: {error}") from error
 
+    @onloaded
     def fuse(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Fold adapters into the base weights, with the weights they are set to: all layers or none.
 
@@ -328,6 +330,7 @@ class LoraPipeline:
                 error if isinstance(error, LoraAdaptersError) else MergeError(f"Nothing was fused: {error}")
             ) from error
 
+    @onloaded
     def unfuse(self) -> None:
         """Give the base its own weights back, bit for bit."""
         with uncompiled(self.pipe), warnings.catch_warnings():
@@ -338,22 +341,23 @@ class LoraPipeline:
         if any(layer.merged for layer in _layers(self.components.values())):
             raise StateError(f"{what} while no adapter is fused: call unfuse() first.")
 
+    @onloaded
     def delete(self, adapter_name: str) -> None:
         """Take one adapter off every component; where it was the last one, the base modules are as they were before."""
         self._refuse_fused("Delete")
         carriers = self._carriers(adapter_name)
-        with without_offload(self.pipe):
-            for component, module in carriers.items():
-                handle = self._handle(component, adapter_name)
-                if handle is not None:
-                    handle.detach()
-                    del self._adapters[component, adapter_name]
-                    continue
-                for layer in _layers([module]):
-                    layer.delete_adapter(adapter_name)
-                getattr(module, "peft_config", {}).pop(adapter_name, None)
-                unwrap_empty(module)
+        for component, module in carriers.items():
+            handle = self._handle(component, adapter_name)
+            if handle is not None:
+                handle.detach()
+                del self._adapters[component, adapter_name]
+                continue
+            for layer in _layers([module]):
+                layer.delete_adapter(adapter_name)
+            getattr(module, "peft_config", {}).pop(adapter_name, None)
+            unwrap_empty(module)
 
+    @onloaded
     def hotswap(
         self,
         source: str | Path | Mapping[str, torch.Tensor],
@@ -411,6 +415,7 @@ class LoraPipeline:
         inputs = record(self.pipe, models[name], **call) if call else None
         return measure_drift(models[name], quantization, by=by, inputs=inputs)
 
+    @onloaded
     def optimize(self) -> dict[str, OptimizeReport]:
         """Make the LoRA layers that stock code loaded compute faster; see `lora_adapters.optimize`. Component -> report."""
         carriers = list(self.adapters)

@@ -49,6 +49,8 @@ def _role(name: str, module: nn.Module, owners: list[tuple[str, nn.Module]]) -> 
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
     if convolution and (place == "resnet" or max(module.kernel_size) > 1):
         return "conv"
+    if place == "time" or re.search(targets.TIME_NAMES, name):
+        return "time"
     if place == "attention":
         return targets.attention_role(name) or "other"
     parallel = name.endswith("proj_out") and classes and re.search(targets.PARALLEL_BLOCK, classes[0])

@@ -13,6 +13,7 @@ from lora_adapters.hooks.specs import TargetMap
 
 #: Place -> class names of the modules that make it. The nearest ancestor with an entry decides; first match wins.
 PLACES: tuple[tuple[str, str], ...] = (
+    ("time", r"Timestep\w*Embed(ding|der)?s?$|TimeEmbed(ding|der)?s?$"),
     ("other", r"Embed(?!.*(Block|Transformer)\b)|Projector$|Proj(ection)?$|Approximator|Conditioner|FaceEncoder"),
     ("head", r"FinalLayer$|^Head$|OutLayer(Audio)?$|LastLayer$|FinalBlock$|ConvMlmLayer"),
     ("norm", r"Norm|Modulation|AdaLN|FiLM"),
@@ -41,6 +42,8 @@ MLP_NAMES = (
     r"(^|\.)(proj_mlp|ff_in|ff_out|gate_proj|up_proj|down_proj|pwconv\d|channelwise_linear_\d)$"
     r"|(^|\.)(ffn?|feed_forward|channelwise)\.\d+$|(^|\.)single_\w+\.\d+\.proj_out$"
 )
+#: Names of layers, beside the time embedding's own, that read it.
+TIME_NAMES = r"(^|\.)(time_emb_proj|time_proj)$"
 #: The last layer of a block that runs attention and feed-forward side by side takes both of their results.
 PARALLEL_BLOCK = r"Single\w*Block$"
 
@@ -77,7 +80,8 @@ TARGET_MAPS: tuple[TargetMap, ...] = (
             "o": (r"\.attn[12]\.to_out\.0$",),
             "mlp": (r"\.ff\.net\.(0\.proj|2)$",),
             "conv": (r"\.resnets\.\d+\.(conv1|conv2|conv_shortcut)$", r"\.(down|up)samplers\.\d+\.conv$"),
-            "other": (r"\.time_emb_proj$", r"^(time|add)_embedding\.linear_\d$", r"\.attentions\.\d+\.proj_(in|out)$"),
+            "time": (r"\.time_emb_proj$", r"^(time|add)_embedding\.linear_\d$"),
+            "other": (r"\.attentions\.\d+\.proj_(in|out)$",),
         },
         default=DEFAULT,
     ),
@@ -93,7 +97,8 @@ TARGET_MAPS: tuple[TargetMap, ...] = (
             "v": (r"\.attn2?\.(to_v|add_v_proj)$",),
             "o": (r"\.attn2?\.(to_out\.0|to_add_out)$",),
             "mlp": (r"\.(ff|ff_context)\.net\.(0\.proj|2)$",),
-            "other": (r"norm\w*\.linear$", r"^context_embedder$", r"^time_text_embed\."),
+            "time": (r"^time_text_embed\.(timestep|guidance)_embedder\.",),
+            "other": (r"norm\w*\.linear$", r"^context_embedder$", r"^time_text_embed\.text_embedder\."),
         },
         default=DEFAULT,
     ),
@@ -109,7 +114,8 @@ TARGET_MAPS: tuple[TargetMap, ...] = (
             "v": (r"\.attn\.(to_v|add_v_proj)$",),
             "o": (r"\.attn\.(to_out\.0|to_add_out)$",),
             "mlp": (r"\.(ff|ff_context)\.net\.(0\.proj|2)$", r"^single_transformer_blocks\.\d+\.proj_(mlp|out)$"),
-            "other": (r"norm\w*\.linear$", r"^context_embedder$", r"^time_text_embed\."),
+            "time": (r"^time_text_embed\.(timestep|guidance)_embedder\.",),
+            "other": (r"norm\w*\.linear$", r"^context_embedder$", r"^time_text_embed\.text_embedder\."),
         },
         default=DEFAULT,
     ),

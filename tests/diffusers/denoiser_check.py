@@ -117,7 +117,7 @@ def _check(name: str) -> Outcome:
     with torch.no_grad():
         bare = predict(model, inputs)
     words = {"attention": sum(outcome.roles[r] for r in ATTENTION), **outcome.roles}
-    targets = "+".join(word for word in ("attention", "mlp", "conv", "other") if words.get(word))
+    targets = "+".join(word for word in ("attention", "mlp", "conv", "time", "other") if words.get(word))
     adapter = la.attach(model, rank=1, targets=targets)
     with torch.no_grad():
         if not _close(predict(model, inputs), bare, 1e-6):

@@ -265,3 +265,32 @@ def two(folder, kind="sd"):
         fill(lora.denoiser, seed)
         lora.save(folder / name)
     return folder / "a", folder / "b"
+
+
+def predict(pipe, prompt="a cat", seed=7):
+    """Return what the denoiser makes of noise and a prompt, as a training step computes it: with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, device, step = pipe.dtype, pipe._execution_device, torch.tensor([300.0])
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    if "unet" in pipe.components:
+        text = pipe.encode_prompt(
+            prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, negative_prompt=None
+        )
+        more = {"text_embeds": text[2], "time_ids": torch.ones(1, 6, device=device)} if len(text) > 2 else None
+        sample = noise.to(device, dtype)
+        return pipe.unet(sample, step.to(device), encoder_hidden_states=text[0], added_cond_kwargs=more).sample
+    if "text_encoder_3" in pipe.components:
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompt, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=16
+        )
+        inputs = dict(hidden_states=noise.to(device, dtype), encoder_hidden_states=text, pooled_projections=pooled)
+        return pipe.transformer(timestep=step.to(device), **inputs).sample
+    text, pooled, text_ids = pipe.encode_prompt(prompt, None, device=device, max_sequence_length=16)
+    places = dict(txt_ids=text_ids, img_ids=torch.stack([torch.arange(16.0)] * 3, 1).to(device, dtype))
+    inputs = dict(hidden_states=noise.reshape(1, 16, 16).to(device, dtype), timestep=step.to(device) / 1000)
+    return pipe.transformer(encoder_hidden_states=text, pooled_projections=pooled, **inputs, **places).sample
+
+
+def convolutions(kind):
+    """Return a request for ranks by role: with convolutions where the denoiser is a UNet."""
+    return {"attention": 4, "mlp": 3, **({"conv": 2} if kind in ("sd", "sdxl") else {})}

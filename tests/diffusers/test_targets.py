@@ -94,6 +94,15 @@ def test_ranks_by_role_for_convolutions():
     assert not {"conv_in", "conv_out"} & convolutions
 
 
+def test_the_time_embedding_has_a_role_of_its_own():
+    chosen = names(la.plan(unet(), targets={"attention": 16, "time": 4}))
+    wanted = {
+        n for n, m in unet().named_modules() if n.endswith("time_emb_proj") or n.startswith("time_embedding.linear")
+    }
+    assert {n for n in chosen if ".attn" not in n} == wanted
+    assert len(wanted) == 22 + 2
+
+
 def bytes_of(model, quantized):
     quantizer, weights = quantizer_for("nf4"), {f"{name}.weight" for name in quantized}
     return sum(

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_adapters as la
+from lora_adapters.errors import MergeError
 from lora_adapters.layers.routes import route
 from lora_adapters.weights import Bnb4bit
 
@@ -319,6 +320,27 @@ def test_accelerates_offload():
         assert route(layer).path == "beside"
         with no_parent(layer):
             torch.testing.assert_close(model(x), want)
+
+
+def test_merging_under_accelerates_hooks():
+    """A copy of the base must not compute with the old one's weight, and the layer has no hooks of its own."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model, layer, x = make()
+    with torch.no_grad():
+        want = model(x)
+        add_hook_to_module(layer.base_layer, AlignDevicesHook(execution_device="cpu"))
+        assert not hasattr(layer, "_hf_hook")
+        layer.merge()
+        torch.testing.assert_close(model(x), want)
+        layer.unmerge()
+        remove_hook_from_module(model, recurse=True)
+        layer.merge()  # removing hooks leaves a bound forward behind
+        torch.testing.assert_close(model(x), want)
+        layer.unmerge()
+        layer.base_layer.forward = lambda x: 0 * x
+        with pytest.raises(MergeError, match="old weight"):
+            layer.merge()
 
 
 # ---- what the base is --------------------------------------------------------------------------------------------------
