@@ -227,6 +227,9 @@ def peak(step: Step, device: str) -> float | None:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    if step.graph is not None:
+        step.graph.clear()  # what a graph holds is allocated when it is recorded
+        torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated()
     step()
     return (torch.cuda.max_memory_allocated() - held) / 2**30

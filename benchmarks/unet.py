@@ -44,12 +44,14 @@ VARIANTS: dict[str, tuple[str, str, bool, str]] = {
     "ours, compiled": ("ours", "bf16", False, "compiled"),
     "PEFT, CUDA graph": ("peft", "bf16", False, "graph"),
     "ours, CUDA graph": ("ours", "bf16", False, "graph"),
+    "ours, compiled, CUDA graph": ("ours", "bf16", False, "compiled graph"),
     "frozen base, NF4": ("none", "nf4", False, ""),
     "PEFT, NF4 linear": ("peft", "nf4 linear", False, ""),
     "ours, NF4 linear": ("ours", "nf4 linear", False, ""),
     "ours, NF4": ("ours", "nf4", False, ""),
     "ours, NF4, compiled": ("ours", "nf4", False, "compiled"),
     "ours, NF4, CUDA graph": ("ours", "nf4", False, "graph"),
+    "ours, NF4, compiled, CUDA graph": ("ours", "nf4", False, "compiled graph"),
 }
 #: What a ratio is taken to: the variant's own kind of adapters.
 RIVALS = {"ours, convolutions": "PEFT, convolutions", "ours, compiled": "PEFT, compiled"}
@@ -156,17 +158,19 @@ def step_of(name: str, base: nn.Module, shape: Shape, inputs: dict[str, Any]) ->
         lora_adapters.attach(model, rank=RANK, targets=targets, modules_to_save=[], seed=0)
     elif whose == "peft":
         get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
-    if how == "compiled":
+    if "compiled" in how:
         # Blocks of one class come with several widths and sizes, each compiled for itself.
         torch._dynamo.config.recompile_limit = 64
         model.compile_repeated_blocks()
-    return Step(model, shape, inputs, autocast=whose != "none", graphed=how == "graph")
+    return Step(model, shape, inputs, autocast=whose != "none", graphed="graph" in how)
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of one UNet."""
     wanted = [
-        name for name in VARIANTS if name in args.variants and (VARIANTS[name][3] != "graph" or args.device == "cuda")
+        name
+        for name in VARIANTS
+        if name in args.variants and ("graph" not in VARIANTS[name][3] or args.device == "cuda")
     ]
     stored = bases(shape, args.device, {VARIANTS[name][1] for name in wanted})
     inputs = {name: _to(value, args.device) for name, value in shape.inputs().items()}

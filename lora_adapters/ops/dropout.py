@@ -1,4 +1,5 @@
 """Dropout that keeps no mask: the random state it drew from is kept, and backward draws the same masks again.
+A CUDA graph is the exception: its recording can't read the state, and keeps the masks.
 
 On the CPU the numbers are those that nn.Dropout would have drawn from the same state, so a model trains as it does with
 PEFT. (On a GPU torch's dropout has a kernel of its own that takes no generator: there they are other numbers.) A mask
@@ -22,7 +23,8 @@ class Draw(NamedTuple):
     Attributes:
         shape, strides, dtype, device: of each mask.
         probabilities: one for each; a probability of 0 draws nothing and gives None.
-        state: of the generator; None where there are no values (simulated tensors).
+        state: of the generator; None where there are no values (simulated tensors), or masks are kept.
+        masks: the masks themselves, where the state can't be read.
     """
 
     shape: tuple[int, ...]
@@ -31,10 +33,11 @@ class Draw(NamedTuple):
     device: torch.device
     probabilities: tuple[float, ...]
     state: torch.Tensor | None
+    masks: Masks | None = None
 
     def again(self) -> Masks:
         """Return the masks that `draw_masks` returned. The device's generator stays as it is."""
-        return self._drawn()[0]
+        return self._drawn()[0] if self.masks is None else self.masks
 
     def _drawn(self) -> tuple[Masks, torch.Generator | None]:
         """Return the masks and the generator that drew them."""
@@ -64,15 +67,16 @@ def draw_masks(x: torch.Tensor, probabilities: Sequence[float], dtype: torch.dty
         The masks, and what draws them again.
     """
     strides = torch.empty_like(x, device="meta").stride()  # dense, in the order of x's own, as dropout makes them
-    state = None
-    if type(x) is not FakeTensor and x.device.type != "meta":
+    simulated, state = type(x) is FakeTensor or x.device.type == "meta", None
+    recorded = not simulated and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not simulated and not recorded:
         state = torch.cuda.get_rng_state(x.device) if x.device.type == "cuda" else torch.get_rng_state()
     draw = Draw(tuple(x.shape), strides, dtype, x.device, tuple(probabilities), state)
     masks, own = draw._drawn()
     if own is not None:
         after = own.get_state()
         torch.cuda.set_rng_state(after, x.device) if x.device.type == "cuda" else torch.set_rng_state(after)
-    return masks, draw
+    return masks, draw._replace(masks=masks) if recorded else draw
 
 
 def kept_scalings(scalings: tuple[float, ...], probabilities: Sequence[float]) -> tuple[float, ...]:
