@@ -55,9 +55,7 @@ VARIANTS: dict[str, tuple[str, str, bool, str]] = {
 }
 #: What a ratio is taken to: the variant's own kind of adapters.
 RIVALS = {"ours, convolutions": "PEFT, convolutions", "ours, compiled": "PEFT, compiled"}
-RIVALS |= dict.fromkeys(
-    ("PEFT, NF4 linear", "ours, NF4 linear", "ours, NF4", "ours, NF4, compiled"), "PEFT, NF4 linear"
-)
+RIVALS |= dict.fromkeys((name for name in VARIANTS if ", NF4" in name), "PEFT, NF4 linear")
 
 
 def sd15() -> nn.Module:
