@@ -197,7 +197,7 @@ class TrainingLoop:
             total += loss.detach().to(total.device)
         self.steps.rates.add(**{self.parts.rows: rows})
         sum_gradients(self.accelerator, self.trained)
-        return float(self.accelerator.reduce(total, reduction="sum"))
+        return float(torch.as_tensor(self.accelerator.reduce(total, reduction="sum")))
 
     def _seed(self, step: int, number: int) -> None:
         """Seed PyTorch's generators for one batch: what was drawn before does not matter, nor which process it is."""
