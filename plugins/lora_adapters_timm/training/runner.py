@@ -19,6 +19,7 @@ from lora_adapters.device import pick_device
 from lora_adapters.errors import RequestError
 from lora_adapters.inject import planned_on_meta, quantize
 from lora_adapters.memory import StepMemory, predict_step
+from lora_adapters.pictures import open_image, png
 from lora_adapters.recipes.adapting import attach_arguments, check_start
 from lora_adapters.report.facts import Sample
 from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
@@ -34,7 +35,7 @@ from lora_adapters.runs.saved import each_model
 from lora_adapters.runs.schedule import steps_in_all, steps_per_epoch
 
 from ..augmentation import Mixing, Prepared, evaluation_transform, training_transform
-from ..data import Images, check_count, check_labels, divide, image_mode, limited, open_image, png, read_images
+from ..data import Images, check_count, check_labels, divide, image_mode, limited, read_images
 from ..recipes import ImageRecipe
 from . import base_model
 from .batches import ImageBatches
