@@ -221,6 +221,20 @@ def test_put_away_and_back(tiny, drop):
     assert pipe.components == parts
 
 
+def test_a_part_that_finds_no_room_is_not_lost(tiny, monkeypatch):
+    pipe = tiny.build("sd")
+    parts = dict(pipe.components)
+    away = PutAway(pipe, ["vae", "text_encoder"], drop=True)
+    away.put()
+    with monkeypatch.context() as patch:
+        patch.setattr(parts["vae"], "to", lambda device: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        with pytest.raises(torch.OutOfMemoryError):
+            away.back()
+    assert pipe.vae is parts["vae"]
+    away.back()
+    assert pipe.components == parts
+
+
 @pytest.mark.gpu
 def test_put_away_frees_the_accelerator(tiny):
     pipe = tiny.build("sd").to("cuda")
