@@ -1,7 +1,7 @@
 """The hook implementations. Listing them imports neither torch nor diffusers."""
 
 from lora_adapters.hooks import hookimpl
-from lora_adapters.hooks.specs import BackendSpec
+from lora_adapters.hooks.specs import BackendSpec, TrainerSpec
 
 LORA_ADAPTERS_HOOK_API = 1
 
@@ -44,3 +44,19 @@ def lora_adapters_saving(adapter, path, metadata):
         from .families import header_entries
 
         metadata.update(header_entries(adapter.base))
+
+
+@hookimpl
+def lora_adapters_trainers():
+    """Teach diffusion models a subject."""
+    return [
+        TrainerSpec(
+            task="dreambooth",
+            summary="A subject from a few images, for Stable Diffusion 1.x, 2.x, XL, 3 and Flux.1.",
+            config="lora_adapters_diffusers.recipes:DreamBoothRecipe",
+            target="lora_adapters_diffusers.dreambooth.runner:DreamBoothRunner",
+            examples="lora_adapters_diffusers:examples",
+            requires=("diffusers", "transformers", "accelerate"),
+            extra="diffusers",
+        )
+    ]

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from lora_adapters.errors import RequestError, UnsupportedError
+from lora_adapters.pictures import BROKEN, each, open_image, why_broken
 from lora_adapters.report.facts import DataFacts
 
 if TYPE_CHECKING:
     from .recipes import ImageData
 
-#: Pixels a side of a picture in the report.
-_SHOWN = 160
 #: Broken files that an error names.
 _NAMED = 3
-#: What PIL and its decoders raise for a file that is no whole image.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 @dataclass
@@ -119,31 +113,6 @@ def check_labels(images: Images, labels: Sequence[str], part: str) -> None:
             )
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Return a file's image, decoded.
-
-    Raises:
-        RequestError: the file is not there, empty, or no whole image.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except _BROKEN as error:
-        raise RequestError(f"{path} is no image that can be read: {_reason(path, error)}.") from error
-
-
-def png(image: Image.Image) -> str:
-    """Return an image as PNG in base64, small enough for a report and large enough to see."""
-    factor = _SHOWN / max(image.size)
-    size = tuple(max(1, round(side * factor)) for side in image.size)
-    # Enlarged pixels stay pixels; a picture made smaller is smoothed.
-    resampling = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BICUBIC
-    file = io.BytesIO()
-    image.convert("RGB").resize(size, resampling).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode("ascii")
-
-
 def _of_folder(path: str, key: str) -> Images:
     if not Path(path).is_dir():
         raise RequestError(f"{key}: there is no folder {path!r}: give one with a subfolder for each class.")
@@ -180,7 +149,7 @@ class _Row:
     def __call__(self, index: int) -> Image.Image:
         try:
             image = self.rows[index][0]
-        except _BROKEN as error:
+        except BROKEN as error:
             raise RequestError(f"Image {index} of {self.source} can't be read: {error}.") from error
         return Image.open(image) if hasattr(image, "read") else image
 
@@ -216,12 +185,11 @@ def _check_files(images: Images, key: str, decode: bool) -> None:
             with Image.open(path) as image:
                 if decode:
                     image.load()
-        except _BROKEN as error:
-            return f"{path} ({_reason(path, error)})"
+        except BROKEN as error:
+            return f"{path} ({why_broken(path, error)})"
         return ""
 
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        broken = [found for found in pool.map(problem, images.items) if found]
+    broken = [found for found in each(problem, images.items) if found]
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         are = "file is no image" if len(broken) == 1 else "files are no images"
@@ -229,15 +197,6 @@ def _check_files(images: Images, key: str, decode: bool) -> None:
             f"{key}: {len(broken)} {are} that can be read: {', '.join(broken[:_NAMED])}{more}. Mend or remove "
             f"{'it' if len(broken) == 1 else 'them'}."
         )
-
-
-def _reason(path: str | Path, error: Exception) -> str:
-    file = Path(path)
-    if not file.is_file():
-        return "there is no such file"
-    if file.stat().st_size == 0:
-        return "it is empty"
-    return "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error) or "it is damaged"
 
 
 def image_mode(channels: int) -> str:
