@@ -70,7 +70,7 @@ def predict_step(
             inputs' values (whether an attention mask masks anything) then takes the branch it will take in training.
         checkpointing: True turns gradient checkpointing on (needs `gradient_checkpointing_enable`), None leaves it as
             it is configured on the model.
-        optimizer: "adamw", "adamw_fused", "adamw_8bit", "sgd", "adafactor", a function from parameters to a
+        optimizer: "adamw", "adamw_fused", "adamw_8bit", "prodigy", "sgd", "adafactor", a function from parameters to a
             torch.optim optimizer, or None for a step without an optimizer.
         autocast: dtype of torch.autocast around the forward, as Trainer's bf16=True sets; None for none.
         device: device the step will run on; the model's own by default, "cpu" for a meta model. "cuda" without CUDA
@@ -241,12 +241,18 @@ def _adamw_8bit_state(param: nn.Parameter) -> int:
     return 8 * count if count < 4096 else 2 * (count + 4 * -(-count // 256))
 
 
+def _prodigy_state(param: nn.Parameter) -> int:
+    """Two moments, the weighted sum of gradients, and the first values; of B, which starts at zero, these are one number."""
+    return 4 * param.numel() * param.element_size()
+
+
 def _optimizer_factory(optimizer: str | OptimizerFactory | None, device: torch.device) -> Any:
     foreach = device.type == "cuda"  # torch's own default, which it does not see for simulated parameters
     named: dict[str, Any] = {
         "adamw": lambda params: torch.optim.AdamW(params, foreach=foreach),
         "adamw_fused": lambda params: torch.optim.AdamW(params, fused=True),
         "adamw_8bit": _StateBytes(_adamw_8bit_state),
+        "prodigy": _StateBytes(_prodigy_state),
         "sgd": lambda params: torch.optim.SGD(params, foreach=foreach),
         "adafactor": lambda params: torch.optim.Adafactor(params, foreach=foreach),
     }

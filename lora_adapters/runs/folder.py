@@ -7,6 +7,7 @@ facts.json       all that is known of the run (`RunFacts`)
 environment.json versions and devices
 report.html      the same to read
 checkpoints/     what a resumed run goes on from
+samples/         images that were made while training
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ except ImportError:  # Windows has no flock; there two runs in one folder are no
 #: Files and folders of a run. A folder that holds anything else is no run's folder and is left alone.
 ADAPTER, RECIPE, METRICS, FACTS = "adapter", "recipe.yaml", "metrics.jsonl", "facts.json"
 ENVIRONMENT, REPORT, CHECKPOINTS = "environment.json", "report.html", "checkpoints"
-#: What TensorBoard and W&B write.
-LOGS = "logs"
+#: What TensorBoard and W&B write; images that were made while training.
+LOGS, SAMPLES = "logs", "samples"
 #: Written and removed, to see whether the folder can be written to.
 _TRIAL = ".facts.json.trial"
-_OURS = {ADAPTER, RECIPE, METRICS, FACTS, ENVIRONMENT, REPORT, CHECKPOINTS, LOGS}
+_OURS = {ADAPTER, RECIPE, METRICS, FACTS, ENVIRONMENT, REPORT, CHECKPOINTS, LOGS, SAMPLES}
 
 
 class RunFolder:

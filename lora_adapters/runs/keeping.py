@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from ..api import restore
+from torch import nn
+
+from ..adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from ..formats.source import DIFFUSERS_NAME
+from ..staging import new_folder
 from . import checkpoints
 from .gradients import GradientGuard
 from .runner import DivergedError, Run
 
-if TYPE_CHECKING:
-    from ..adapter import Adapter
+#: Files of an adapter, whichever of them it has.
+_FILES = (CONFIG_NAME, WEIGHTS_NAME, DIFFUSERS_NAME)
+
+
+class Kept(Protocol):
+    """What is kept: an `Adapter`, or several that belong together."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over what is trained."""
+        ...
+
+    def save(self, path: Path) -> Any:
+        """Write the adapter to a folder."""
+        ...
 
 
 def keep_checkpoint(run: Run, folder: Path) -> None:
@@ -25,18 +43,22 @@ def keep_checkpoint(run: Run, folder: Path) -> None:
     run.folder.write_facts(run.facts)
 
 
-def save_adapter(run: Run, adapter: Adapter, guard: GradientGuard) -> bool:
+def save_adapter(run: Run, adapter: Kept, guard: GradientGuard) -> bool:
     """Save the adapter if its values are finite, else the newest checkpoint's; return False if there is none.
 
-    The adapter is detached where a checkpoint's takes its place: the run has diverged then, which the guard is told.
+    The run has diverged where a checkpoint's takes its place, which the guard is told.
     """
+    folder = run.folder.adapter
     if guard.holds(adapter.parameters(), run.facts.steps):
-        adapter.save(run.folder.adapter)
+        adapter.save(folder)
     elif (last := checkpoints.newest(run.folder.checkpoints)) is not None:
-        restore(adapter.detach(), last).save(run.folder.adapter)
+        with new_folder(folder, replace=True) as stage:
+            for name in _FILES:
+                if (last / name).is_file():
+                    shutil.copyfile(last / name, stage / name)
     else:
         return False
-    run.facts.adapter_bytes = sum(p.stat().st_size for p in run.folder.adapter.glob("adapter_*"))
+    run.facts.adapter_bytes = sum((folder / name).stat().st_size for name in _FILES if (folder / name).is_file())
     return True
 
 

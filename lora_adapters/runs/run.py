@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import datetime
 import errno
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoraAdaptersError, RequestError, StateError
+from ..errors import LoraAdaptersError, RequestError, StateError, UnsupportedError
 from ..recipes.reading import dump, read_recipe
 from ..report.facts import RunFacts
 from .checkpoints import newest, step_of
 from .environment import environment
 from .folder import RECIPE, REPORT, RunFolder, write_text
 from .out_of_memory import explain, is_out_of_memory
+from .processes import rank, several
 from .progress import Progress
 from .runner import DivergedError, Run, Runner
 from .stopping import InterruptedRunError
@@ -48,7 +50,8 @@ def train(
 
     Args:
         recipe: validated.
-        runner: the task's runner, made with `recipe`.
+        runner: the task's runner, made with `recipe`. Its attribute `several_processes`, if true, says that a launcher
+            may start it several times; the main process alone writes the run's folder.
         progress: shows how far it is.
         on_end: called with the facts of a run that began, however it ended.
 
@@ -59,6 +62,10 @@ def train(
         InterruptedRunError, DivergedError, DoesNotFitError, other LoraAdaptersErrors: why the run ended. Where there is
             something to keep, the folder holds it and a report.
     """
+    if several() and not getattr(runner, "several_processes", False):
+        raise UnsupportedError(f"{recipe.task} trains in one process, on one device: start it without a launcher.")
+    if rank() > 0:
+        return _help(recipe, runner)
     folder = RunFolder(recipe.output)
     folder.check(resume=recipe.resume, overwrite=recipe.overwrite)
     runner.check()  # which also writes into the recipe what it finds in the data, such as a classifier's labels
@@ -72,6 +79,19 @@ def train(
         finally:
             on_end(run.facts)
     return run.facts
+
+
+def _help(recipe: Recipe, runner: Runner) -> RunFacts:
+    """Run a recipe in a process beside the main one: what it writes goes when it ends. See `train`."""
+    runner.check()
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = RunFacts(recipe.task, recipe.model.name, recipe.model.revision)
+        # The main process writes no checkpoint before the first step, which takes this one too.
+        checkpoint = newest(RunFolder(recipe.output).checkpoints) if recipe.resume else None
+        run = Run(recipe, RunFolder(scratch), facts, Progress(quiet=True), resume_from=checkpoint)
+        with run.stop:
+            runner.train(run)
+    return facts
 
 
 @contextmanager

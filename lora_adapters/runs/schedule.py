@@ -17,9 +17,12 @@ def steps_per_epoch(training: TrainingSection, rows: int) -> int:
 
 def steps_in_all(training: TrainingSection, rows: int) -> int:
     """Return the number of optimizer steps of the run."""
-    if training.max_steps is not None:
-        return training.max_steps
-    return max(1, math.ceil(training.epochs * steps_per_epoch(training, rows)))
+    return total_steps(training, steps_per_epoch(training, rows))
+
+
+def total_steps(training: TrainingSection, per_epoch: int) -> int:
+    """Return the number of optimizer steps of the run, of which so many are one pass over the data."""
+    return training.max_steps or max(1, math.ceil(training.epochs * per_epoch))
 
 
 def save_every(training: TrainingSection, total: int) -> int:

@@ -105,7 +105,7 @@ class TrainerContract:
         facts, page = RunFacts.read(folder / FACTS), (folder / REPORT).read_text(encoding="utf-8")
         assert "<svg" in page, "report.html has no curve."
         for sample in facts.samples:
-            labels = [label for label, _ in sample.parts]
+            labels = [label for label, _ in (*sample.parts, *sample.images)]
             assert any(label.endswith(", base") for label in labels), f"{sample.title!r} lacks the base: record_before."
             assert any(label.endswith(", adapter") for label in labels), f"{sample.title!r} lacks the adapter."
             assert all(data in page for _, data in sample.images), "An image of a sample is not in the report."
@@ -284,8 +284,8 @@ class TrainerContract:
     def _tensors(folder: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
-        path = folder / ADAPTER / "adapter_model.safetensors"
-        return load_file(path) if path.is_file() else {}
+        files = sorted((folder / ADAPTER).glob("*.safetensors"))
+        return {f"{path.name}: {name}": tensor for path in files for name, tensor in load_file(path).items()}
 
     @staticmethod
     def _one_error(done: Done) -> None:

@@ -1,1 +1,1 @@
-"""DreamBooth (arXiv:2208.12242): teaching a diffusion model a subject from a few images."""
+"""DreamBooth: a diffusion model learns a subject from a few images (arXiv:2208.12242)."""

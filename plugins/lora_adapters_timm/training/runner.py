@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,22 @@ from lora_adapters.report.facts import Sample
 from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
 from lora_adapters.runs.gradients import GradientGuard
 from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
+from lora_adapters.runs.loop import Parts, TrainingLoop
 from lora_adapters.runs.measuring import Measured, evaluating, record_after, record_before
 from lora_adapters.runs.progress import Progress
 from lora_adapters.runs.random_state import seed_all
 from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
 from lora_adapters.runs.saved import each_model
+from lora_adapters.runs.schedule import steps_in_all, steps_per_epoch
 
 from ..augmentation import Mixing, Prepared, evaluation_transform, training_transform
 from ..data import Images, check_count, check_labels, divide, image_mode, limited, read_images
 from ..recipes import ImageRecipe
 from . import base_model
-from .loop import Parts, TrainingLoop
+from .batches import ImageBatches
 from .measures import measure
-from .optimization import make_optimizer, memory_of
+from .optimization import make_optimizer, make_schedule, memory_of
 
 #: Labels that an answer names with their probabilities.
 _NAMED = 3
@@ -222,17 +224,38 @@ class ImageRunner:
 
     def _parts(self, adapter: Any) -> Parts:
         assert self.train_images is not None
-        recipe, seed = self.recipe, self.recipe.training.seed
+        recipe, training, device = self.recipe, self.recipe.training, self.device
         transform = training_transform(self.config, recipe.augmentation)
-        drawn = seed if recipe.augmentation.enabled else None
-        return Parts(
-            Prepared(self.train_images, self.labels, transform, self.config["input_size"][0], drawn),
-            Mixing(recipe.augmentation, recipe.training.label_smoothing, len(self.labels), seed),
-            self._place,
-            None if self.eval_images is None else lambda: self._measure(adapter.model).metrics,
-            self.device,
-            self.autocast,
+        drawn = training.seed if recipe.augmentation.enabled else None
+        prepared = Prepared(self.train_images, self.labels, transform, self.config["input_size"][0], drawn)
+        batches = ImageBatches(
+            prepared, training.batch_size, training.seed, recipe.data.workers, pin=device.type == "cuda"
         )
+        total, per_epoch = steps_in_all(training, len(prepared)), steps_per_epoch(training, len(prepared))
+        optimizer = make_optimizer(training, adapter.base)
+        return Parts(
+            batches,
+            self._loss(adapter.model),
+            optimizer,
+            make_schedule(training, optimizer, total, per_epoch),
+            device,
+            self.autocast,
+            None if self.eval_images is None else lambda: self._measure(adapter.model).metrics,
+            rows="images",
+        )
+
+    def _loss(self, model: Any) -> Callable[[Any, int, int], Tensor]:
+        """Return the loss of a batch, of images mixed as the recipe says."""
+        recipe = self.recipe
+        mixing = Mixing(recipe.augmentation, recipe.training.label_smoothing, len(self.labels), recipe.training.seed)
+        forward = torch.compile(model) if recipe.training.compile else model
+
+        def loss(batch: tuple[Tensor, Tensor], step: int, number: int) -> Tensor:
+            images, targets = mixing(*batch, step, number)
+            logits = forward(self._place(images)).float()
+            return F.cross_entropy(logits, targets.to(logits.device))
+
+        return loss
 
     def _place(self, images: Tensor) -> Tensor:
         """Return images (rows, channels, height, width) where and as the model takes them."""

@@ -1,0 +1,160 @@
+"""The base pipeline that a recipe names: built without its weights to plan with, and loaded to train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_adapters.errors import LoraAdaptersError, RequestError
+from lora_adapters.tensor_file import read_header
+
+from .. import loading
+
+if TYPE_CHECKING:
+    from ..recipes import PipelineModel
+
+_INDEX = "model_index.json"
+#: A dtype as safetensors writes it -> PyTorch's.
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: What of a pipeline on the Hub says how it is built: configs, tokenizers, schedulers.
+_SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
+
+
+def skeleton(section: PipelineModel) -> Any:
+    """Return the recipe's pipeline with its models on the meta device; no weight is read.
+
+    Of a single file without `config`, which alone does not say how its pipeline is built, the weights are read.
+
+    Raises:
+        RequestError: there is no such pipeline.
+    """
+    import diffusers
+
+    folder = _folder_of_configs(section)
+    if folder is None:
+        return load(section)
+    index = _index(folder)
+    models: dict[str, Any] = {}
+    for name, entry in index.items():
+        cls = _model_class(entry)
+        if cls is not None:
+            models[name] = _on_meta(cls, folder / name)
+    with _of_the_recipe():
+        return diffusers.DiffusionPipeline.from_pretrained(folder, **models, local_files_only=True)
+
+
+def load(section: PipelineModel) -> Any:
+    """Return the recipe's pipeline with its weights, on the CPU, its denoiser and text encoders dense.
+
+    Raises:
+        RequestError: there is no such pipeline, or it can't be read.
+    """
+    options: dict[str, Any] = {"revision": section.revision, "variant": section.variant, "config": section.config}
+    dtype = _stored_dtype(section) if section.dtype == "auto" else getattr(torch, section.dtype)
+    options |= {"dtype": dtype}
+    if Path(section.name).is_file():
+        del options["variant"]
+    elif section.config is not None:
+        raise RequestError("model.config: it is for a single file, and model.name is none: leave it out.")
+    with _of_the_recipe():
+        return loading.load_pipeline(section.name, **{key: value for key, value in options.items() if value is not None})
+
+
+def quantization_of(quantization: Any, denoiser: str, encoders: list[str]) -> dict[str, Any]:
+    """Return component -> quantizer or mapping of roles to one, of what a recipe says.
+
+    Raises:
+        RequestError: there is no such component.
+    """
+    if quantization is None:
+        return {}
+    if not isinstance(quantization, dict):
+        return dict.fromkeys([denoiser, *encoders], quantization)
+    for name in quantization:
+        if name not in (denoiser, *encoders):
+            raise RequestError(
+                f"model.quantization: the pipeline has no part {name!r} that can be quantized. It has: "
+                f"{', '.join([denoiser, *encoders])}."
+            )
+    return dict(quantization)
+
+
+def _folder_of_configs(section: PipelineModel) -> Path | None:
+    path = Path(section.name).expanduser()
+    if path.is_file():
+        return None if section.config is None else Path(section.config)
+    if path.is_dir():
+        if not (path / _INDEX).is_file():
+            raise RequestError(f"model.name: {path} has no {_INDEX}, so it is no pipeline in diffusers' layout.")
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(section.name, revision=section.revision, allow_patterns=list(_SMALL_FILES)))
+        if (found / _INDEX).is_file():
+            return found
+        reason = f"it has no {_INDEX}"
+    except Exception as error:  # its errors share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    raise RequestError(
+        f"model.name: there is no folder or file {section.name!r} here, and the Hub gave no such pipeline ({reason})."
+    )
+
+
+def _index(folder: Path) -> dict[str, list[Any]]:
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RequestError(f"model: {folder / _INDEX} can't be read: {error}") from error
+
+
+def _model_class(entry: list[Any]) -> Any:
+    """Return the class of an entry of the index if it is a model of diffusers or transformers, else None."""
+    import importlib
+
+    library, name = entry[0], entry[1]
+    if library not in ("diffusers", "transformers"):
+        return None
+    found = getattr(importlib.import_module(library), str(name), None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def _on_meta(cls: Any, folder: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            if hasattr(cls, "load_config"):  # a diffusers model
+                return cls.from_config(cls.load_config(folder, local_files_only=True))
+            return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(f"model: {folder} can't be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def _stored_dtype(section: PipelineModel) -> torch.dtype | None:
+    """Return the dtype of the denoiser's stored weights, which diffusers would widen to float32; None if it can't be told."""
+    path = Path(section.name).expanduser()
+    ending = f".{section.variant}.safetensors" if section.variant else ".safetensors"
+    files = [path] if path.is_file() else [p for d in ("unet", "transformer") for p in sorted((path / d).glob(f"*{ending}"))]
+    for file in files:
+        if file.suffix == ".safetensors":
+            found = [_DTYPES[info.dtype] for info in read_header(file).tensors.values() if info.dtype in _DTYPES]
+            return max(set(found), key=found.count) if found else None
+    return None
+
+
+@contextmanager
+def _of_the_recipe() -> Iterator[None]:
+    """Say of an error which part of the recipe it is about."""
+    try:
+        yield
+    except LoraAdaptersError as error:
+        raise type(error)(f"model: {error}") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise RequestError(f"model: the pipeline can't be read: {reason}") from error

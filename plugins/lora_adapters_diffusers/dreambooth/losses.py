@@ -1,0 +1,97 @@
+"""From a batch to the loss of each of its images, in training and at fixed noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .family import Family
+from .noise import Numbers, posterior_noise
+from .objective import Noised, Objective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size as training sees them.
+
+    Attributes:
+        moments: what `Family.moments` or `CachedLatents.moments` returned.
+        text: what `Family.encode`, `encode_each` or `CachedText.encode` returned.
+        sizes: (B, 6), see `Family.predict`.
+        mask: (B, 1, H, W) in [0, 1], where the loss counts; None: everywhere.
+        floor: what it counts elsewhere.
+    """
+
+    moments: dict[str, Tensor]
+    text: dict[str, Tensor]
+    sizes: Tensor
+    mask: Tensor | None = None
+    floor: float = 0.0
+
+
+def sizes_of(examples: Sequence[Any]) -> Tensor:
+    """Return (B, 6) int64 of examples with `original`, `crop` and `target`: see `Family.predict`."""
+    return torch.tensor([[*example.original, *example.crop, *example.target] for example in examples])
+
+
+def masks_of(examples: Sequence[Any]) -> Tensor | None:
+    """Return (B, 1, H, W) of examples with `mask`, which counts everywhere where one has none; None where none has."""
+    masks = [example.mask for example in examples]
+    like = next((mask for mask in masks if mask is not None), None)
+    return None if like is None else torch.stack([torch.ones_like(like) if mask is None else mask for mask in masks])
+
+
+def losses(family: Family, objective: Objective, batch: Batch, numbers: Sequence[Numbers]) -> Tensor:
+    """Return each image's loss (B,) float32 at a drawn noise level; see `Objective.noised` for the numbers."""
+    latents = _latents(family, batch, numbers)
+    return _losses(family, objective, batch, objective.noised(latents, numbers))
+
+
+@torch.no_grad()
+def eval_losses(
+    family: Family, objective: Objective, batch: Batch, numbers: Sequence[Numbers], points: int = 8
+) -> Tensor:
+    """Return each image's mean loss (B,) float32 at evenly spread noise levels, always the same for the same numbers.
+
+    The denoiser is in evaluation mode, and afterwards in the mode that it was in.
+
+    Args:
+        family, objective, batch: as for `losses`.
+        numbers: of each image, such as (seed, its number).
+        points: levels, from image to noise: (k + 1/2) / points.
+    """
+    latents = _latents(family, batch, numbers)
+    total = torch.zeros(len(latents), device=latents.device)
+    with _evaluating(family.denoiser):
+        for point in range(points):
+            levels = torch.full((len(latents),), (point + 0.5) / points)
+            noised = objective.noised_at(latents, levels, [(*row, point) for row in numbers])
+            total += _losses(family, objective, batch, noised)
+    return total / points
+
+
+def _latents(family: Family, batch: Batch, numbers: Sequence[Numbers]) -> Tensor:
+    device = next(family.denoiser.parameters()).device
+    moments = {name: value.to(device) for name, value in batch.moments.items()}
+    return family.sample(moments, posterior_noise(moments["mean"], numbers))
+
+
+def _losses(family: Family, objective: Objective, batch: Batch, noised: Noised) -> Tensor:
+    predicted = family.predict(noised.noisy, noised.timesteps, batch.text, batch.sizes)
+    return objective.loss(predicted, noised.target, noised.weight, batch.mask, batch.floor)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
