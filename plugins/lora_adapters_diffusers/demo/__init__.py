@@ -1,1 +1,1 @@
-"""The demo's diffusion part: a small text-to-image model, pretrained here on nine handwritten digits, is taught the tenth."""
+"""The demo's diffusion part: a small Stable Diffusion, pretrained here on nine handwritten digits, is taught the tenth."""

@@ -40,7 +40,7 @@ class BaseSettings:
 
     unseen: int = 9
     vae_widths: tuple[int, ...] = (16, 32, 32)
-    widths: tuple[int, ...] = (64, 128)
+    widths: tuple[int, ...] = (32, 64)
     vae_steps: int = 250
     steps: int = 700
     batch_size: int = 64

@@ -1,4 +1,4 @@
-"""How the demo's small Stable Diffusion is pretrained: first the autoencoder, then the UNet and the text encoder together."""
+"""How the demo's small Stable Diffusion is pretrained: the autoencoder, then the UNet and the text encoder together."""
 
 from __future__ import annotations
 

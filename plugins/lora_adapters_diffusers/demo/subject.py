@@ -19,7 +19,7 @@ from lora_adapters.runs.runner import runner_for
 
 from ..pipeline import LoraPipeline
 from .base import CLASS_PROMPT, BaseSettings, pretrained_base
-from .digits import SIZE, Digits, Judge, pictures, read_digits
+from .digits import SIZE, WORDS, Digits, Judge, pictures, read_digits
 from .measures import share, variety
 
 #: "sks" is three letters to the model's tokenizer, and in no caption that it was pretrained on.
@@ -42,7 +42,7 @@ class SubjectSettings:
         seed: draws the images, and everything random of the runs.
     """
 
-    base: BaseSettings = BaseSettings()
+    base: BaseSettings = field(default_factory=BaseSettings)
     images: int = 8
     prior_images: int = 64
     samples: int = 64
@@ -58,6 +58,8 @@ class SubjectResult:
     """Measured numbers. Each mapping has the entries "before", "with prior" and "without".
 
     Attributes:
+        digit: the subject, in a word.
+        subject_prompt, class_prompt: what the samples are of.
         judge_accuracy: share of held-out real images that the classifier which judges samples names rightly.
         subject: share of the subject prompt's samples that show the subject.
         class_is_subject: share of the class prompt's samples that show the subject: what the class has forgotten.
@@ -70,6 +72,9 @@ class SubjectResult:
         seconds: stage -> seconds.
     """
 
+    digit: str
+    subject_prompt: str
+    class_prompt: str
     judge_accuracy: float
     subject: dict[str, float]
     class_is_subject: dict[str, float]
@@ -100,7 +105,7 @@ def run_subject(
     base = pretrained_base(settings.base, data, clock)
     images = _write_images(folder / "images", data, settings)
     with clock.stage("Sampling the base"):
-        lora = LoraPipeline(str(base), torch_dtype=torch.float32)
+        lora = LoraPipeline(str(base))
         lora.pipe.set_progress_bar_config(disable=True)
         samples = {"before": _samples(lora.pipe, settings)}
     for name, prior in _RUNS.items():
@@ -119,6 +124,9 @@ def run_subject(
     )
     unseen = settings.base.unseen
     return SubjectResult(
+        digit=WORDS[unseen],
+        subject_prompt=SUBJECT_PROMPT,
+        class_prompt=CLASS_PROMPT,
         judge_accuracy=judge.accuracy,
         subject={name: share(subject, unseen) for name, (subject, _) in named.items()},
         class_is_subject={name: share(of_class, unseen) for name, (_, of_class) in named.items()},
@@ -151,7 +159,7 @@ def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, p
     return {
         "task": "dreambooth",
         "model": {"name": str(base)},
-        "adapter": {"rank": settings.rank, "targets": "attention+conv"},
+        "adapter": {"rank": settings.rank},
         "data": {
             "images": str(folder / "images"),
             "prompt": SUBJECT_PROMPT,
@@ -162,7 +170,8 @@ def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, p
         **({"prior": {**of_class, "folder": str(folder / "class-images")}} if prior else {}),
         "training": {
             "batch_size": settings.batch_size,
-            "epochs": settings.steps * settings.batch_size / settings.images,
+            "epochs": settings.steps,  # a pass is at least one step
+            "max_steps": settings.steps,
             "learning_rate": settings.learning_rate,
             "seed": settings.seed,
         },

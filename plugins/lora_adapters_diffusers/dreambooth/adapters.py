@@ -111,7 +111,9 @@ def denoiser_arguments(section: PipelineAdapter, denoiser: nn.Module) -> dict[st
         return given
     exact, used = {}, set()
     for layer in la.plan(denoiser, **given).layers:
-        block = max((b for b in section.blocks if layer.name == b or layer.name.startswith(f"{b}.")), key=len, default="")
+        block = max(
+            (b for b in section.blocks if layer.name == b or layer.name.startswith(f"{b}.")), key=len, default=""
+        )
         used.add(block)
         if rank := section.blocks.get(block, layer.rank):
             exact[layer.name] = (rank, layer.alpha * rank / layer.rank)
@@ -138,7 +140,9 @@ def encoder_arguments(section: PipelineAdapter) -> dict[str, Any]:
 
 def check_file_can_hold(plan: AttachPlan) -> None:
     """Raise if diffusers' file has no place for a layer."""
-    strange: PlannedLayer | None = next((layer for layer in plan.layers if layer.kind not in ("linear", "conv2d")), None)
+    strange: PlannedLayer | None = next(
+        (layer for layer in plan.layers if layer.kind not in ("linear", "conv2d")), None
+    )
     if strange is not None:
         raise RequestError(
             f"adapter.targets: {strange.name} is of kind {strange.kind}, for which diffusers' file of an adapter has no "

@@ -63,7 +63,9 @@ def load(section: PipelineModel) -> Any:
     elif section.config is not None:
         raise RequestError("model.config: it is for a single file, and model.name is none: leave it out.")
     with _of_the_recipe():
-        return loading.load_pipeline(section.name, **{key: value for key, value in options.items() if value is not None})
+        return loading.load_pipeline(
+            section.name, **{key: value for key, value in options.items() if value is not None}
+        )
 
 
 def quantization_of(quantization: Any, denoiser: str, encoders: list[str]) -> dict[str, Any]:
@@ -140,7 +142,11 @@ def _stored_dtype(section: PipelineModel) -> torch.dtype | None:
     """Return the dtype of the denoiser's stored weights, which diffusers would widen to float32; None if it can't be told."""
     path = Path(section.name).expanduser()
     ending = f".{section.variant}.safetensors" if section.variant else ".safetensors"
-    files = [path] if path.is_file() else [p for d in ("unet", "transformer") for p in sorted((path / d).glob(f"*{ending}"))]
+    files = (
+        [path]
+        if path.is_file()
+        else [p for d in ("unet", "transformer") for p in sorted((path / d).glob(f"*{ending}"))]
+    )
     for file in files:
         if file.suffix == ".safetensors":
             found = [_DTYPES[info.dtype] for info in read_header(file).tensors.values() if info.dtype in _DTYPES]

@@ -97,4 +97,3 @@ def _tokens(family: Family, encoder: str) -> int:
 def _stored(model: nn.Module) -> int:
     tensors: Mapping[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
