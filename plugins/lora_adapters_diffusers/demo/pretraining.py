@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Weight of the autoencoder's KL divergence per latent value: enough to keep latents near a unit normal.
 _KL = 1e-4
 #: Shares of images without a caption, and with the class's; the others are called by their digit.
-_UNNAMED, _CLASS = 0.1, 0.4
+_UNNAMED, _CLASS = 0.1, 0.3
 
 
 def train_autoencoder(pipe: Any, digits: Digits, settings: BaseSettings, clock: Clock) -> None:

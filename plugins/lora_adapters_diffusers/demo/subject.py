@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,8 @@ from .measures import share, variety
 
 #: "sks" is three letters to the model's tokenizer, and in no caption that it was pretrained on.
 SUBJECT_PROMPT = "a photo of sks digit"
-#: Samples are made by so many steps and this guidance, those of the class for prior preservation too.
-_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.0}
+#: Classifier-free guidance of samples, and of the class's images for prior preservation.
+_GUIDANCE = 2.0
 #: The two ways to train, and whether the run has a prior.
 _RUNS = {"with prior": True, "without": False}
 
@@ -39,6 +40,7 @@ class SubjectSettings:
         images: of the subject.
         prior_images: of the class, which the base makes.
         samples: of each prompt, to measure on.
+        sampling_steps: denoising steps of each, and of the class's images.
         seed: draws the images, and everything random of the runs.
     """
 
@@ -46,6 +48,7 @@ class SubjectSettings:
     images: int = 8
     prior_images: int = 64
     samples: int = 64
+    sampling_steps: int = 20
     rank: int = 8
     steps: int = 150
     batch_size: int = 8
@@ -147,14 +150,15 @@ def _write_images(folder: Path, data: Digits, settings: SubjectSettings) -> Tens
     subject = data.of([settings.base.unseen]).pixels
     order = torch.randperm(len(subject), generator=torch.Generator().manual_seed(settings.seed))
     chosen = subject[order[: settings.images]]
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # those of another seed
+    folder.mkdir(parents=True)
     for i, picture in enumerate(pictures(chosen)):
         picture.save(folder / f"{i}.png")
     return chosen
 
 
 def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, prior: bool) -> dict[str, Any]:
-    sampling = {"steps": _SAMPLING["num_inference_steps"], "guidance_scale": _SAMPLING["guidance_scale"]}
+    sampling = {"steps": settings.sampling_steps, "guidance_scale": _GUIDANCE}
     of_class = {"prompt": CLASS_PROMPT, "images": settings.prior_images, "batch_size": 32, **sampling}
     return {
         "task": "dreambooth",
@@ -167,7 +171,7 @@ def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, p
             "bucket_step": 8,
             "min_side": SIZE,
         },
-        **({"prior": {**of_class, "folder": str(folder / "class-images")}} if prior else {}),
+        **({"prior": of_class} if prior else {}),
         "training": {
             "batch_size": settings.batch_size,
             "epochs": settings.steps,  # a pass is at least one step
@@ -193,8 +197,16 @@ def _samples(pipe: Any, settings: SubjectSettings) -> tuple[Tensor, Tensor]:
     def of(prompt: str) -> Tensor:
         # Not the seeds of the images of the class.
         generator = torch.Generator().manual_seed(2**31 + settings.seed)
-        options: Mapping[str, Any] = {"height": SIZE, "width": SIZE, "output_type": "pt", **_SAMPLING}
-        return 2 * pipe([prompt] * settings.samples, generator=generator, **options).images - 1
+        made = pipe(
+            [prompt] * settings.samples,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=settings.sampling_steps,
+            guidance_scale=_GUIDANCE,
+            generator=generator,
+            output_type="pt",
+        )
+        return 2 * made.images - 1
 
     return of(SUBJECT_PROMPT), of(CLASS_PROMPT)
 
