@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ..ema import AdapterEma
@@ -115,6 +116,7 @@ class TrainingLoop:
         self.run, self.adapter, self.guard, self.parts = run, adapter, guard, parts
         self.training: Any = run.recipe.training
         self.trained = list(adapter.parameters())
+        self._own_state = not AcceleratorState._shared_state
         self.accelerator = self._accelerator()
         self.per_step = self.training.gradient_accumulation * self.accelerator.num_processes
         self.per_epoch = math.ceil(len(parts.batches) / self.per_step)
@@ -131,8 +133,15 @@ class TrainingLoop:
 
     def fit(self) -> None:
         """Take the steps that are left; stop where the user or the guard asks for it."""
+        try:
+            self._fit(self._resume())
+        finally:
+            if self._own_state:  # it has one precision for each process, and the next run may have another
+                AcceleratorState._reset_state()
+            self.run.progress.stop()
+
+    def _fit(self, first: int) -> None:
         run, facts = self.run, self.run.facts
-        first = self._resume()
         same_values(self.accelerator, self.trained)
         memory = PeakMemory(self.parts.device)
         self.steps.begin(first, self.total)
@@ -153,7 +162,6 @@ class TrainingLoop:
                 break
         facts.throughput, facts.memory_measured = self.steps.rates.read(), memory.read()
         self.accelerator.end_training()
-        run.progress.stop()
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 

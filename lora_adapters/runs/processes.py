@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +20,26 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def several() -> bool:
-    """Return True if a launcher (torchrun, accelerate launch) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+def count() -> int:
+    """Return how many processes a launcher (torchrun, accelerate launch) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
     """Return the number of this process among those that a launcher started; the main one, and one without, is 0."""
-    return int(os.environ.get("RANK") or 0) if several() else 0
+    return int(os.environ.get("RANK") or 0) if count() > 1 else 0
+
+
+@contextmanager
+def main_first(device: torch.device) -> Iterator[None]:
+    """Let the main process do something before the others, which then find its files."""
+    if count() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState(cpu=device.type == "cpu").main_process_first():
+        yield
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:

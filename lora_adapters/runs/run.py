@@ -18,7 +18,7 @@ from .checkpoints import newest, step_of
 from .environment import environment
 from .folder import RECIPE, REPORT, RunFolder, write_text
 from .out_of_memory import explain, is_out_of_memory
-from .processes import rank, several
+from .processes import count, rank
 from .progress import Progress
 from .runner import DivergedError, Run, Runner
 from .stopping import InterruptedRunError
@@ -62,7 +62,7 @@ def train(
         InterruptedRunError, DivergedError, DoesNotFitError, other LoraAdaptersErrors: why the run ended. Where there is
             something to keep, the folder holds it and a report.
     """
-    if several() and not getattr(runner, "several_processes", False):
+    if count() > 1 and not getattr(runner, "several_processes", False):
         raise UnsupportedError(f"{recipe.task} trains in one process, on one device: start it without a launcher.")
     if rank() > 0:
         return _help(recipe, runner)

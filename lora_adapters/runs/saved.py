@@ -20,7 +20,7 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
         RequestError: a run has no adapter.
         CheckpointError: nothing is there, it holds no adapter that can be read, or the Hub has none.
     """
-    from ..checkpoint import inspect_adapter, resolve_adapter_path
+    from ..checkpoint import resolve_adapter_path
 
     found: dict[str, Path] = {}
     for path in paths:
@@ -30,7 +30,7 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
         elif folder.is_dir() and (folder / RECIPE).is_file():
             raise RequestError(f"The run in {path} has no adapter: it ended before it saved one.")
         resolved = resolve_adapter_path(folder if folder.exists() else path)
-        inspect_adapter(resolved)
+        config_of(resolved)
         absolute = folder.resolve()
         on_the_hub = not folder.is_dir()
         name = path if on_the_hub else absolute.parent.name if absolute.name == ADAPTER else absolute.name
@@ -39,6 +39,21 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
             unique += "'"
         found[unique] = resolved
     return found
+
+
+def config_of(folder: Path) -> Mapping[str, Any]:
+    """Return the config of an adapter after looking at its header; of an image model's file in diffusers' format, {}.
+
+    Raises:
+        CheckpointError: it is damaged, or there is none.
+    """
+    from ..checkpoint import inspect_adapter
+    from ..formats.source import DIFFUSERS_NAME, open_source
+
+    if (folder / DIFFUSERS_NAME).is_file():
+        open_source(folder / DIFFUSERS_NAME)
+        return {}
+    return inspect_adapter(folder).config
 
 
 def each_model(model: Any, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
@@ -112,10 +127,8 @@ def _recipe_of(adapter: Path) -> Path | None:
 
 def _check_same_base(adapters: Mapping[str, Path], base: str) -> None:
     """Raise if an adapter says that it was trained on another model than `base`. Who gives model.name knows better."""
-    from ..checkpoint import inspect_adapter
-
     for name, folder in adapters.items():
-        own = inspect_adapter(folder).config.get("base_model_name_or_path")
+        own = config_of(folder).get("base_model_name_or_path")
         if own and own != base and Path(own).resolve() != Path(base).resolve():
             raise RequestError(
                 f"{name} was trained on {own}, and {next(iter(adapters))} on {base}: adapters on different bases can't be "
@@ -124,10 +137,9 @@ def _check_same_base(adapters: Mapping[str, Path], base: str) -> None:
 
 
 def _from_config(folder: Path) -> dict[str, Any]:
-    from ..checkpoint import inspect_adapter
     from ..inspection import TASK_OF_TYPE
 
-    config = inspect_adapter(folder).config
+    config = config_of(folder)
     # No training data is needed, and the adapter's folder is never written to.
     task, base = TASK_OF_TYPE.get(config.get("task_type") or ""), config.get("base_model_name_or_path")
     mapping: dict[str, Any] = {"schema": 1, "model": {}, "data": {"train": ""}, "output": str(folder)}

@@ -1,7 +1,7 @@
 """The hook implementations. Listing them imports neither torch nor diffusers."""
 
 from lora_adapters.hooks import hookimpl
-from lora_adapters.hooks.specs import BackendSpec
+from lora_adapters.hooks.specs import BackendSpec, TrainerSpec
 
 LORA_ADAPTERS_HOOK_API = 1
 
@@ -35,3 +35,19 @@ def lora_adapters_attached(adapter, plan):
         from .marks import mark_denoiser
 
         mark_denoiser(adapter)
+
+
+@hookimpl
+def lora_adapters_trainers():
+    """Teach diffusion models a subject."""
+    return [
+        TrainerSpec(
+            task="dreambooth",
+            summary="A subject from a few images, for Stable Diffusion 1.x, 2.x, XL, 3 and Flux.1.",
+            config="lora_adapters_diffusers.recipes:DreamBoothRecipe",
+            target="lora_adapters_diffusers.dreambooth.runner:DreamBoothRunner",
+            examples="lora_adapters_diffusers:examples",
+            requires=("diffusers", "transformers", "accelerate"),
+            extra="diffusers",
+        )
+    ]

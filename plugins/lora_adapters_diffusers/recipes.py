@@ -149,7 +149,8 @@ class Diffusion(Section):
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last timestep is pure noise (arXiv:2305.08891); needs v_prediction or sample."""
     timesteps: Literal["auto", "uniform", "logit_normal", "shifted"] = "auto"
-    """How timesteps are drawn; auto: logit_normal for flow matching (arXiv:2403.03206), uniform elsewhere."""
+    """How timesteps are drawn; auto: logit_normal for flow matching (arXiv:2403.03206), uniform elsewhere. shifted:
+    logit_normal, then moved towards noise."""
     logit_mean: float = 0.0
     """Mean of logit_normal."""
     logit_std: AboveZero = 1.0

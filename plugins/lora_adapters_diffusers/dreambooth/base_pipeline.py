@@ -44,7 +44,7 @@ def skeleton(section: PipelineModel) -> Any:
     for name, entry in index.items():
         cls = _model_class(entry)
         if cls is not None:
-            models[name] = _on_meta(cls, folder / name)
+            models[name] = _on_meta(cls, folder / name, _dtype(section) or torch.float32)
     with _of_the_recipe():
         return diffusers.DiffusionPipeline.from_pretrained(folder, **models, local_files_only=True)
 
@@ -56,8 +56,7 @@ def load(section: PipelineModel) -> Any:
         RequestError: there is no such pipeline, or it can't be read.
     """
     options: dict[str, Any] = {"revision": section.revision, "variant": section.variant, "config": section.config}
-    dtype = _stored_dtype(section) if section.dtype == "auto" else getattr(torch, section.dtype)
-    options |= {"dtype": dtype}
+    options["dtype"] = _dtype(section)
     if Path(section.name).is_file():
         del options["variant"]
     elif section.config is not None:
@@ -128,18 +127,26 @@ def _model_class(entry: list[Any]) -> Any:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def _on_meta(cls: Any, folder: Path) -> nn.Module:
+def _on_meta(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    usual = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(dtype)
         with torch.device("meta"):
             if hasattr(cls, "load_config"):  # a diffusers model
                 return cls.from_config(cls.load_config(folder, local_files_only=True))
             return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(f"model: {folder} can't be read: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _dtype(section: PipelineModel) -> torch.dtype | None:
+    return _stored_dtype(section) if section.dtype == "auto" else getattr(torch, section.dtype)
 
 
 def _stored_dtype(section: PipelineModel) -> torch.dtype | None:
-    """Return the dtype of the denoiser's stored weights, which diffusers would widen to float32; None if it can't be told."""
+    """Return the dtype of the denoiser's stored weights, which diffusers would widen; None if it can't be told."""
     path = Path(section.name).expanduser()
     ending = f".{section.variant}.safetensors" if section.variant else ".safetensors"
     files = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_adapters.errors import RequestError
+from lora_adapters.errors import LoraAdaptersWarning, RequestError
 
 from .buckets import Size, View, bucket_sizes, nearest, to_pixels, to_weights, view_of
 from .captions import training_caption, with_trigger
@@ -85,6 +86,9 @@ class Batches(Dataset[Example]):
 
         Raises:
             RequestError: there are no images, or the resolution is too small.
+
+        Warns:
+            LoraAdaptersWarning: more than half of an image is cropped away, as no bucket is of its shape.
         """
         if not items:
             raise RequestError("There are no images to train on.")
@@ -98,6 +102,21 @@ class Batches(Dataset[Example]):
             self._members[nearest((item.size[1], item.size[0]), self.buckets)].append(number)
         self.counts = {size: len(self._members[size]) for size in self.buckets if size in self._members}
         self._bucket_of = {number: size for size, numbers in self._members.items() for number in numbers}
+        self._warn_of_cropping()
+
+    def _warn_of_cropping(self) -> None:
+        views = [self.view((0, number)) for number in range(self._subjects)]
+        lost = [
+            item.name
+            for item, view in zip(self._items, views, strict=False)
+            if math.prod(view.target) < math.prod(view.resized) / 2
+        ]
+        if lost:
+            warnings.warn(
+                f"More than half is cropped away of: {', '.join(lost)}. Crop them by hand, or raise data.max_aspect.",
+                LoraAdaptersWarning,
+                stacklevel=3,
+            )
 
     # ---- which ones --------------------------------------------------------------------------------------------------
 

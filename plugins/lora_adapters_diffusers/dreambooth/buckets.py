@@ -90,8 +90,8 @@ class View:
 def view_of(size: Size, target: Size, random: np.random.Generator, *, random_crop: bool, flip: float) -> View:
     """Return the view of an image of `size` (height, width) in a bucket.
 
-    SDXL is told the image's size and the crop's corner (arXiv:2307.01952, sec. 2.2). As in diffusers' training script the
-    image is mirrored before it is cropped, so the corner is one of the mirrored image.
+    SDXL is told the image's size and the crop's corner (arXiv:2307.01952, sec. 2.2). The image is mirrored before it is
+    cropped: the corner is one of the mirrored image, so that 0 still means that nothing is cut off at the left.
 
     Args:
         size: of the image.

@@ -99,7 +99,7 @@ class CachedText:
         for caption in captions:
             if caption in self._names:
                 continue
-            name = _name(self._made_by, [caption, self.family.token_ids(caption)])
+            name = _name(self._made_by, [caption, self.family.tokenized(caption)])
             if self._store.get(name) is None:
                 self._store.put(
                     name, _one_row(encode_each(self.family, [caption]), f"A text encoder makes of {caption!r}")

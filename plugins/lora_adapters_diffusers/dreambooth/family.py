@@ -131,10 +131,11 @@ class Family:
         encoders = [self._part(name) for name in self.text_encoder_names]
         return self._encode(list(captions), _device(encoders[0]))
 
-    def token_ids(self, caption: str) -> list[list[int]]:
-        """Return the token ids of a caption, for each tokenizer."""
+    def tokenized(self, caption: str) -> list[Any]:
+        """Return what each tokenizer makes of a caption: how it pads, to which length, and the ids."""
         names = [name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names]
-        return [list(getattr(self.pipe, name)(caption).input_ids) for name in names]
+        found = [getattr(self.pipe, name) for name in names]
+        return [[t.padding_side, t.pad_token_id, t.model_max_length, list(t(caption).input_ids)] for t in found]
 
     def _encode(self, captions: list[str], device: torch.device) -> dict[str, Tensor]:
         embeds, _ = self.pipe.encode_prompt(captions, device, 1, False)

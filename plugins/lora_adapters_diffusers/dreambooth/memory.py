@@ -52,7 +52,8 @@ def step_memory(
     found = []
     for name, part in plan.parts.items():
         model = getattr(family.pipe, name)
-        twin = planned_on_meta(model, part)
+        twin: Any = planned_on_meta(model, part)
+        twin = twin.get_base_model()  # PEFT's wrapper hands encoders arguments that they do not take
         if checkpointing:
             set_checkpointing(twin)
         if name == family.denoiser_name:
@@ -75,12 +76,11 @@ def latents_of(family: Family, resolution: int | None) -> tuple[int, int]:
 
 
 def set_checkpointing(model: Any) -> None:
-    """Turn gradient checkpointing on, of a model of diffusers or transformers, or a PeftModel around one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hasattr(inner, "enable_gradient_checkpointing"):
-        inner.enable_gradient_checkpointing()
+    """Turn gradient checkpointing on, of a model of diffusers or transformers."""
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
     else:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _optimizer(training: DreamBoothTraining) -> Any:

@@ -217,7 +217,8 @@ def _is_flow(scheduler: Any) -> bool:
 
 def _check(diffusion: Diffusion, prediction: str, scheduler: Any, flow: bool) -> None:
     """Raise for what does not go together; nothing that was asked for is passed over."""
-    given = diffusion.model_fields_set
+    # Not what was written down: a run's recipe has every default in it.
+    given = {name for name, f in type(diffusion).model_fields.items() if getattr(diffusion, name) != f.default}
     if flow != (prediction == "flow"):
         raise RequestError(
             f"diffusion.prediction={prediction} does not go with the pipeline's {type(scheduler).__name__}"

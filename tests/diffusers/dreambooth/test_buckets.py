@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -18,7 +19,7 @@ from lora_adapters_diffusers.recipes import SubjectData
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from lora_adapters.errors import RequestError
+from lora_adapters.errors import LoraAdaptersWarning, RequestError
 
 steps = st.sampled_from([8, 16, 24, 64])
 sides = st.integers(1, 5000)
@@ -97,7 +98,6 @@ def test_pixels_are_those_of_the_resized_image():
 
 
 def test_a_mirrored_crop_is_told_by_its_corner_in_the_mirrored_image():
-    """As in diffusers' script: the image is mirrored first."""
     found = [view_of((214, 320), (64, 64), draws(Use.PICTURE, seed), random_crop=True, flip=0.5) for seed in range(40)]
     mirrored = np.asarray(photo().resize((96, 64), Image.Resampling.LANCZOS))[:, ::-1]
     flipped = [view for view in found if view.flipped]
@@ -134,6 +134,7 @@ def batches(subject=None, prior=(), batch_size=2, seed=0, **options):
     )
 
 
+@pytest.mark.filterwarnings("ignore:More than half")
 @given(
     st.lists(st.tuples(sides, sides), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5)
 )
@@ -176,6 +177,14 @@ def test_without_buckets_all_are_square():
     assert batches(buckets=False, resolution=32).counts == {(32, 32): 10}
     with pytest.raises(RequestError, match="no images to train on"):
         batches([])
+
+
+def test_images_of_which_little_would_be_left_are_a_warning():
+    with pytest.warns(LoraAdaptersWarning, match=r"half is cropped away of: 1\. "):
+        batches(items((200, 64), (64, 280)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches(items((200, 64), (64, 280)), max_aspect=4.0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])

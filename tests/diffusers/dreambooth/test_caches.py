@@ -1,5 +1,6 @@
 """Caches of latents and captions: the same bits as without, nothing stale, and what is put away comes back."""
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -95,6 +96,14 @@ def test_what_is_there_is_not_encoded_again(tiny, tmp_path, monkeypatch):
     assert torch.equal(said.encode(CAPTIONS)["embeds"], text.encode(CAPTIONS)["embeds"])
 
 
+def test_autocast_changes_no_caption(pipes):
+    family = family_of(pipes["sd"])
+    with torch.autocast("cpu", torch.bfloat16):
+        told = encode_each(family, CAPTIONS)["embeds"]
+    assert torch.equal(told, encode_each(family, CAPTIONS)["embeds"])
+    assert told.dtype == torch.float32
+
+
 def change_vae(pipe):
     next(pipe.vae.parameters()).data.flatten()[-1] += 1e-3
 
@@ -107,12 +116,24 @@ def change_text(pipe):
     next(pipe.text_encoder_2.parameters()).data.flatten()[-1] += 1e-3
 
 
+def other_words(pipe):
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("pipelines")
+        patch.setattr(module, "LETTERS", module.LETTERS[::-1])
+        pipe.tokenizer = module.clip_tokenizer()
+
+
+def shorter(pipe):
+    pipe.tokenizer.model_max_length = pipe.tokenizer_2.model_max_length = 12
+
+
 def adapt(pipe):
     LoraPipeline(pipe).attach(components=["text_encoder"], rank=2)
 
 
 @pytest.mark.parametrize(
-    "change, images, captions", [(change_vae, 2, 0), (tile, 2, 0), (change_text, 0, 2), (adapt, 0, 2)]
+    "change, images, captions",
+    [(change_vae, 2, 0), (tile, 2, 0), (change_text, 0, 2), (adapt, 0, 2), (other_words, 0, 1), (shorter, 0, 2)],
 )
 def test_another_model_finds_nothing(tiny, tmp_path, monkeypatch, change, images, captions):
     filled(family_of(tiny.build("sdxl")), tmp_path)
@@ -257,6 +278,13 @@ def test_eval_levels_are_even(pipes, monkeypatch):
     assert made.shape == (2,)
 
 
+def test_eval_has_other_noise_at_every_level(pipes, monkeypatch):
+    family, objective = family_of(pipes["sd3"]), objective_of(pipes["sd3"], Diffusion())
+    monkeypatch.setattr(family, "predict", lambda x, *rest: torch.zeros_like(x))  # the loss is of noise - image alone
+    one, four = (eval_losses(family, objective, batch(family), [(0, 0), (0, 1)], points=p) for p in (1, 4))
+    assert (one - four).abs().min() > 1e-4
+
+
 def test_gradients_flow_to_adapters_alone(tiny):
     pipe = tiny.build("sd3")
     lora = LoraPipeline(pipe)
@@ -265,4 +293,6 @@ def test_gradients_flow_to_adapters_alone(tiny):
     family = family_of(pipe)
     losses(family, objective_of(pipe, Diffusion()), batch(family), NUMBERS).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
-    assert all(p.grad is None for p in pipe.vae.parameters())
+    trained = {id(p) for p in adapter.parameters()}
+    rest = [p for part in (pipe.transformer, pipe.vae, pipe.text_encoder) for p in part.parameters()]
+    assert all(p.grad is None for p in rest if id(p) not in trained)

@@ -181,6 +181,18 @@ def test_the_vae_computes_in_float32_and_is_left_as_it_was(tiny):
     assert before == {name: (p.data_ptr(), p.dtype) for name, p in pipe.vae.named_parameters()}
 
 
+def test_a_tiled_vae(tiny):
+    pipe = tiny.build("sd")
+    pixels = torch.rand(1, 3, 32, 48)
+    whole = family_of(pipe).moments(pixels)["mean"]
+    pipe.vae.enable_tiling()
+    made = family_of(pipe).moments(pixels)["mean"]
+    with torch.no_grad():
+        assert torch.equal(made, pipe.vae.encode(pixels).latent_dist.mean)
+    assert made.shape == whole.shape
+    assert not torch.equal(made, whole)
+
+
 def test_latents_scaled_by_channel(tiny):
     pipe = tiny.build("sdxl")
     mean, std = [0.1, -0.2, 0.3, 0.0], [2.0, 1.0, 0.5, 4.0]
