@@ -3,8 +3,8 @@
     python benchmarks/dreambooth_subject.py [--seeds 3] [--digits 9] [--json]
 
 Each seed pretrains a small Stable Diffusion on nine of scikit-learn's ten digits and teaches it the tenth from 8 images,
-with and without prior preservation (`lora_adapters_diffusers.demo` has the task and the settings). A classifier of real images
-says what samples show. A share of 64 samples is good to about 4 points where it is 90 %.
+with and without prior preservation (`lora_adapters_diffusers.demo` has the task and the settings). A classifier of real
+images says what samples show. A share of 64 samples is good to about 4 points where it is 90 %.
 """
 
 from __future__ import annotations
