@@ -50,7 +50,7 @@ class SubjectSettings:
     samples: int = 64
     sampling_steps: int = 20
     rank: int = 8
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 8
     learning_rate: float = 2e-3
     seed: int = 0

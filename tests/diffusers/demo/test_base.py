@@ -15,7 +15,8 @@ SHORT = BaseSettings(vae_steps=3, steps=3, batch_size=8, vae_widths=(8, 16), wid
 
 @pytest.fixture(scope="module")
 def digits():
-    return read_digits(seed=0)[0]
+    data = read_digits(seed=0)[0]
+    return Digits(data.pixels[:80], data.classes[:80])
 
 
 @pytest.fixture

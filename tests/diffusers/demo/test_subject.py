@@ -13,7 +13,7 @@ from PIL import Image
 
 STATES = ["before", "with prior", "without"]
 SHORT = SubjectSettings(
-    base=BaseSettings(vae_steps=10, steps=5, batch_size=16, vae_widths=(8, 16), widths=(16, 16)),
+    base=BaseSettings(vae_steps=12, steps=6, batch_size=16, vae_widths=(8, 16), widths=(16, 16)),
     images=3,
     prior_images=4,
     samples=8,
