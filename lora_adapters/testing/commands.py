@@ -23,6 +23,7 @@ _PRELOADED = [
     "datasets",
     "accelerate",
     "timm.data",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
 ]
 
 

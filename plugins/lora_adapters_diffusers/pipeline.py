@@ -201,6 +201,8 @@ class LoraPipeline:
                 for component, folder in folders.items()
             )
             self._prepare_swaps(made)
+        for adapter in made.values():  # new layers begin in training mode, with their dropout
+            adapter.base.train(adapter.base.training)
         return made
 
     @staticmethod

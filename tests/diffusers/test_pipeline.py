@@ -39,6 +39,16 @@ def test_three_training_steps(tiny):
     assert changed == {n for n in before if ".lora_" in n}
 
 
+def test_a_loaded_adapter_drops_nothing_out(tiny, tmp_path):
+    """New layers begin in training mode; a pipeline in evaluation mode must not draw images with their dropout."""
+    lora = tiny.trained("sd", dropout=0.5)
+    lora.save(tmp_path)
+    loaded = LoraPipeline(tiny.build("sd"))
+    loaded.load(tmp_path)
+    assert not any(module.training for part in loaded.components.values() for module in part.modules())
+    tiny.close(tiny.image(loaded.pipe), tiny.image(loaded.pipe), limit=1e-7)
+
+
 def test_diffusers_sees_what_attach_made(tiny):
     lora = tiny.trained("sd")
     pipe = lora.pipe

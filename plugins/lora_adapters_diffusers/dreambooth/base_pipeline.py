@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from lora_adapters.errors import LoraAdaptersError, RequestError
 from lora_adapters.tensor_file import read_header
@@ -163,11 +165,23 @@ def _stored_dtype(section: PipelineModel) -> torch.dtype | None:
 
 @contextmanager
 def _of_the_recipe() -> Iterator[None]:
-    """Say of an error which part of the recipe it is about."""
+    """Say of an error which part of the recipe it is about; diffusers and transformers show no bars meanwhile."""
     try:
-        yield
+        with _without_bars(diffusers_logging), _without_bars(transformers_logging):
+            yield
     except LoraAdaptersError as error:
         raise type(error)(f"model: {error}") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise RequestError(f"model: the pipeline can't be read: {reason}") from error
+
+
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -62,8 +62,9 @@ def checked(
         raise RequestError(f"{key}: mend or remove these first:\n" + "\n".join(problems[:_NAMED]) + more)
     if distinct and (alike := _alike(items, looks)):
         shown = "; ".join(f"{one} and {other}" for one, other in alike[:_NAMED])
+        more = f"; and {len(alike) - _NAMED} more pairs" if len(alike) > _NAMED else ""
         warnings.warn(
-            f"{key}: {len(alike)} pairs of images look alike, which counts them double: {shown}.",
+            f"{key}: images that look alike, which would count them double: {shown}{more}.",
             LoraAdaptersWarning,
             stacklevel=4,
         )

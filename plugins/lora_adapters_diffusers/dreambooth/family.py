@@ -63,6 +63,12 @@ class Family:
         """Return the UNet or transformer as it is called: compiled, if it is."""
         return getattr(self.pipe, self.denoiser_name)
 
+    def models(self) -> nn.ModuleDict:
+        """Return the denoiser and the text encoders that are there, by their names in the pipeline."""
+        names = (self.denoiser_name, *self.text_encoder_names)
+        found = {name: getattr(self.pipe, name) for name in names}
+        return nn.ModuleDict({name: plain(model) for name, model in found.items() if model is not None})
+
     @property
     def config(self) -> Any:
         """Return the denoiser's config."""

@@ -23,15 +23,13 @@ class Batch:
         moments: what `Family.moments` or `CachedLatents.moments` returned.
         text: what `Family.encode`, `encode_each` or `CachedText.encode` returned.
         sizes: (B, 6), see `Family.predict`.
-        mask: (B, 1, H, W) in [0, 1], where the loss counts; None: everywhere.
-        floor: what it counts elsewhere.
+        mask: (B, 1, H, W) in [0, 1], what the loss counts where; None: 1 everywhere.
     """
 
     moments: dict[str, Tensor]
     text: dict[str, Tensor]
     sizes: Tensor
     mask: Tensor | None = None
-    floor: float = 0.0
 
 
 def sizes_of(examples: Sequence[Any]) -> Tensor:
@@ -83,7 +81,7 @@ def _latents(family: Family, batch: Batch, numbers: Sequence[Numbers]) -> Tensor
 
 def _losses(family: Family, objective: Objective, batch: Batch, noised: Noised) -> Tensor:
     predicted = family.predict(noised.noisy, noised.timesteps, batch.text, batch.sizes)
-    return objective.loss(predicted, noised.target, noised.weight, batch.mask, batch.floor)
+    return objective.loss(predicted, noised.target, noised.weight, batch.mask)
 
 
 @contextmanager

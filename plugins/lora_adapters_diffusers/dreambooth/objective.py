@@ -98,22 +98,18 @@ class Objective:
         raise NotImplementedError
 
     @staticmethod
-    def loss(
-        prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor | None = None, floor: float = 0.0
-    ) -> Tensor:
+    def loss(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return each image's loss (B,) float32: its mean squared error, times its weight.
 
         Args:
             prediction, target: (B, C, h, w), any floating dtype.
             weight: (B,).
-            mask: (B, 1, H, W) in [0, 1], where the error counts; averaged down to the latents' size. The mean is over all
-                of the image, so that a small subject does not count more than a large one.
-            floor: what the error counts where the mask is 0.
+            mask: (B, 1, H, W) in [0, 1], what the error counts where; averaged down to the latents' size. The mean is
+                over all of the image, so that each pixel of the subject counts the same in a small and in a large one.
         """
         error = (prediction.float() - target.float()).square()
         if mask is not None:
-            small = F.adaptive_avg_pool2d(mask.to(error), error.shape[-2:])
-            error = error * (floor + (1 - floor) * small)
+            error = error * F.adaptive_avg_pool2d(mask.to(error), error.shape[-2:])
         return error.flatten(1).mean(1) * weight.to(error)
 
 

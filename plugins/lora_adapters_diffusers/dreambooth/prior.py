@@ -53,9 +53,9 @@ def class_images(pipe: Any, prior: Prior, *, resolution: int, seed: int, progres
         progress: told of each batch.
 
     Raises:
-        RequestError: files in the folder are no images; or an image came out blank, by the safety checker or as the values
-            are not finite. StateError: an adapter is fused. UnsupportedError: weights are offloaded layer by layer.
-            CheckpointError: the folder can't be written. Images that were complete stay.
+        RequestError: the folder can't be made, or files in it are no images; or an image came out blank, by the safety
+            checker or as the values are not finite. StateError: an adapter is fused. UnsupportedError: weights are
+            offloaded layer by layer. CheckpointError: the disk is full. Images that were complete stay.
     """
     _check_not_fused(pipe)
     base = _fingerprint(pipe, prior, resolution)
@@ -68,11 +68,21 @@ def class_images(pipe: Any, prior: Prior, *, resolution: int, seed: int, progres
     if left and prior.folder:  # in the cache, images of other seeds are nothing to be told of
         progress.say(f"{folder}: {left} images are not taken: more than prior.images, or made by another base or seed")
     if missing:
+        _make(folder)
         numbers = [seed + i for i, path in enumerate(wanted) if path in missing]
         _generate(pipe, prior, resolution, numbers, folder, base, progress)
         there = read_class(folder, prior.prompt)
     found = {item.source: item for item in there}
     return [*own[: prior.images], *(found[path] for path in wanted)]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"prior: {folder} can't be made ({error.strerror}): give prior.folder another folder."
+        ) from error
 
 
 # ---- generating ------------------------------------------------------------------------------------------------------

@@ -40,9 +40,10 @@ class PutAway:
 
     def back(self) -> None:
         """Bring the parts back; those that are there stay as they are."""
-        while self._away:
-            name, (part, device) = self._away.popitem()
-            setattr(self.pipe, name, part.to(device))
+        for name, (part, device) in list(self._away.items()):
+            setattr(self.pipe, name, part)  # first: it is there even where the device has no room for it
+            part.to(device)
+            del self._away[name]
 
     @contextmanager
     def needed(self) -> Iterator[None]:

@@ -267,7 +267,7 @@ class DreamBoothRunner:
         for name, family in self._each(adapters, progress):
             task = task_for(self, family, batches_for(self, self.eval_items, still=True), trained=False)
             progress.say(f"measuring {name} on {len(self.eval_items):,} images")
-            with evaluating(getattr(family.pipe, family.denoiser_name), self.autocast):
+            with evaluating(family.models(), self.autocast):
                 found[name] = {"loss": task.measure()}
         return found
 

@@ -90,9 +90,7 @@ class Sampler:
         """Within this context all of the pipeline is there and in evaluation mode, and it shows no bars."""
         pipe = self.family.pipe
         bars = getattr(pipe, "_progress_bar_config", {})
-        parts = torch.nn.ModuleDict(
-            {n: getattr(pipe, n) for n in (self.family.denoiser_name, *self.family.text_encoder_names)}
-        )
+        parts = self.family.models()
         pipe.set_progress_bar_config(**{**bars, "disable": True})
         modes = [(module, module.training) for module in parts.modules()]
         try:

@@ -38,14 +38,14 @@ def pixels(seed=0):
     return torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-EXAMPLES = [Example(pixels(0)), Example(pixels(1), torch.zeros(1, 16, 24))]
+EXAMPLES = [Example(pixels(0)), Example(pixels(1), torch.full((1, 16, 24), 0.25))]
 
 
 def batch(family, latents=None, text=None):
     """Return the same two images, cached or not."""
     moments = latents.moments([0, 1]) if latents else family.moments(torch.stack([e.pixels for e in EXAMPLES]))
     told = text.encode(CAPTIONS) if text else encode_each(family, CAPTIONS)
-    return Batch(moments, told, sizes_of(EXAMPLES), masks_of(EXAMPLES), 0.25)
+    return Batch(moments, told, sizes_of(EXAMPLES), masks_of(EXAMPLES))
 
 
 def filled(family, folder=None):
@@ -221,6 +221,20 @@ def test_put_away_and_back(tiny, drop):
     assert pipe.components == parts
 
 
+def test_a_part_that_finds_no_room_is_not_lost(tiny, monkeypatch):
+    pipe = tiny.build("sd")
+    parts = dict(pipe.components)
+    away = PutAway(pipe, ["vae", "text_encoder"], drop=True)
+    away.put()
+    with monkeypatch.context() as patch:
+        patch.setattr(parts["vae"], "to", lambda device: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        with pytest.raises(torch.OutOfMemoryError):
+            away.back()
+    assert pipe.vae is parts["vae"]
+    away.back()
+    assert pipe.components == parts
+
+
 @pytest.mark.gpu
 def test_put_away_frees_the_accelerator(tiny):
     pipe = tiny.build("sd").to("cuda")
@@ -244,7 +258,7 @@ def test_a_masked_image_counts_less(pipes):
     masked = batch(family)
     whole = Batch(masked.moments, masked.text, masked.sizes)
     ratio = losses(family, objective, masked, NUMBERS) / losses(family, objective, whole, NUMBERS)
-    torch.testing.assert_close(ratio, torch.tensor([1.0, 0.25]))  # the first has no mask, the second is black
+    torch.testing.assert_close(ratio, torch.tensor([1.0, 0.25]))  # the first has no mask, the second counts a quarter
     assert masks_of(EXAMPLES[:1]) is None
 
 

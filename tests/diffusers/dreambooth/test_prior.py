@@ -81,6 +81,21 @@ def test_an_image_is_what_its_seed_gives(pipe):
     assert progress.done[-1] == 2
 
 
+def test_each_setting_reaches_the_pipeline(pipe):
+    settings = ({}, {"prompt": "a cat"}, {"steps": 3}, {"guidance_scale": 1.5}, {"seed": 9})
+    made = [make(pipe, **{"images": 1, **options})[0].digest for options in settings]
+    assert len(set(made)) == len(settings)
+    assert make(pipe, images=1, resolution=32)[0].size == (32, 32)
+
+
+def test_a_folder_that_can_not_be_made_is_told_before_anything_is_generated(pipe, tmp_path):
+    (tmp_path / "file").touch()
+    progress = Told()
+    with pytest.raises(RequestError, match=r"prior: .*file.inside can't be made"):
+        make(pipe, folder=str(tmp_path / "file" / "inside"), progress=progress)
+    assert progress.done == []
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_run_that_was_killed_goes_on_to_the_same_files(pipe, tmp_path, folder):
     options = {"folder": str(tmp_path / "whole")} if folder else {}
@@ -135,6 +150,14 @@ def test_what_images_follow_from_names_them_anew(pipe, tmp_path):
 
 def test_the_pipeline_is_as_it_was(pipe):
     pipe = copy.deepcopy(pipe)
+    items = make(pipe)
+    expected = content(items)
+    for item in items:
+        item.source.unlink()
+    dropouts = [module for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts
+    for dropout in dropouts:
+        dropout.p = 0.5
     pipe.unet.train()
     pipe.unet.mid_block.eval()
     pipe.scheduler.set_timesteps(7)
@@ -143,7 +166,7 @@ def test_the_pipeline_is_as_it_was(pipe):
     modes = [module.training for module in pipe.unet.modules()]
     torch.manual_seed(5)
     random = torch.get_rng_state()
-    make(pipe)
+    assert content(make(pipe)) == expected
     assert pipe.scheduler is scheduler
     assert torch.equal(scheduler.timesteps, timesteps)
     assert [module.training for module in pipe.unet.modules()] == modes
