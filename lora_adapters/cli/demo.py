@@ -160,4 +160,4 @@ def _subject_table(result: SubjectResult) -> None:
         ("real images that the judge of samples names rightly", f"{result.judge_accuracy:.1%}"),
     ]
     _table(f"The digit {result.digit}, from {result.images} images; {result.samples} samples of each prompt", rows)
-    print(f"  samples: {result.picture}\n  report:  {result.reports['with prior']}")
+    click.echo(f"  samples: {result.picture}\n  report:  {result.reports['with prior']}")

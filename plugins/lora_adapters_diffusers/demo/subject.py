@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lora_adapters.cli.demo_training import Clock, Progress, no_progress
+from lora_adapters.cli.demo_training import Clock, Progress, no_progress, quiet_transformers
 from lora_adapters.recipes.reading import validate
 from lora_adapters.runs.progress import Progress as RunProgress
 from lora_adapters.runs.run import train
@@ -27,8 +28,8 @@ from .measures import share, variety
 SUBJECT_PROMPT = "a photo of sks digit"
 #: Classifier-free guidance of samples, and of the class's images for prior preservation.
 _GUIDANCE = 2.0
-#: The two ways to train, and whether the run has a prior.
-_RUNS = {"with prior": True, "without": False}
+#: The two ways to train, and the folder of each run.
+_RUNS = {"with prior": "with-prior", "without": "without-prior"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ def run_subject(
         settings: what is taught, and how.
         progress: called as the work goes on.
     """
-    folder, settings, clock = Path(folder), settings or SubjectSettings(), Clock(progress)
+    with quiet_transformers(), _quiet_diffusers():
+        return _run(Path(folder), settings or SubjectSettings(), Clock(progress))
+
+
+def _run(folder: Path, settings: SubjectSettings, clock: Clock) -> SubjectResult:
     data, test = read_digits(settings.base.seed)
     judge = Judge(data, test)
     base = pretrained_base(settings.base, data, clock)
@@ -111,12 +116,11 @@ def run_subject(
         lora = LoraPipeline(str(base))
         lora.pipe.set_progress_bar_config(disable=True)
         samples = {"before": _samples(lora.pipe, settings)}
-    for name, prior in _RUNS.items():
-        output = folder / name.replace(" ", "-")
-        with clock.stage(f"DreamBooth {name} preservation" if prior else "DreamBooth without it"):
-            recipe: Any = validate(_recipe(base, folder, output, settings, prior))
+    for name in _RUNS:
+        with clock.stage(f"DreamBooth {name}"):
+            recipe: Any = validate(_recipe(base, folder, name, settings))
             train(recipe, runner_for(recipe), RunProgress(quiet=True))
-        lora.load(output / "adapter", adapter_name="subject")
+        lora.load(folder / _RUNS[name] / "adapter", adapter_name="subject")
         trained = sum(p.numel() for n, p in lora.denoiser.named_parameters() if "lora_" in n)
         with clock.stage(f"Sampling {name}"):
             samples[name] = _samples(lora.pipe, settings)
@@ -140,7 +144,7 @@ def run_subject(
         parameters=parameters,
         trained_share=trained / parameters,
         picture=str(_picture(folder / "samples.png", images, samples)),
-        reports={name: str(folder / name.replace(" ", "-") / "report.html") for name in _RUNS},
+        reports={name: str(folder / run / "report.html") for name, run in _RUNS.items()},
         seconds=clock.seconds,
     )
 
@@ -157,7 +161,7 @@ def _write_images(folder: Path, data: Digits, settings: SubjectSettings) -> Tens
     return chosen
 
 
-def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, prior: bool) -> dict[str, Any]:
+def _recipe(base: Path, folder: Path, name: str, settings: SubjectSettings) -> dict[str, Any]:
     sampling = {"steps": settings.sampling_steps, "guidance_scale": _GUIDANCE}
     of_class = {"prompt": CLASS_PROMPT, "images": settings.prior_images, "batch_size": 32, **sampling}
     return {
@@ -171,7 +175,7 @@ def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, p
             "bucket_step": 8,
             "min_side": SIZE,
         },
-        **({"prior": of_class} if prior else {}),
+        **({"prior": of_class} if name == "with prior" else {}),
         "training": {
             "batch_size": settings.batch_size,
             "epochs": settings.steps,  # a pass is at least one step
@@ -185,9 +189,25 @@ def _recipe(base: Path, folder: Path, output: Path, settings: SubjectSettings, p
             "count": 4,
             **sampling,
         },
-        "output": str(output),
+        "output": str(folder / _RUNS[name]),
         "overwrite": True,
     }
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Hide diffusers' bars and warnings, and put its settings back."""
+    from diffusers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
