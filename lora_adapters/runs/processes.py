@@ -30,6 +30,15 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0) if count() > 1 else 0
 
 
+def own_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, where a launcher started several and the device says none in particular."""
+    if count() == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    torch.cuda.set_device(own)
+    return own
+
+
 @contextmanager
 def main_first(device: torch.device) -> Iterator[None]:
     """Let the main process do something before the others, which then find its files."""

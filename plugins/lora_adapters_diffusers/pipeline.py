@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -32,6 +32,9 @@ from .exchange import as_folders, take_out
 from .hotswap import prepare_swap
 from .marks import mark_loaded
 from .wrappers import plain, uncompiled, without_offload
+
+if TYPE_CHECKING:
+    from .dreambooth.in_memory import DreamBoothResult
 
 #: Names that pipelines give their denoisers.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "dit")
@@ -252,6 +255,43 @@ class LoraPipeline:
         file = Path(path) if str(path).endswith(".safetensors") else Path(path) / weight_name
         weights_file.write(file, {name: take_out(module, adapter_name) for name, module in carriers.items()})
         return file
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def dreambooth(
+        self,
+        images: Any,
+        prompt: str | None = None,
+        class_prompt: str | None = None,
+        steps: int | None = None,
+        output: str | Path | None = None,
+        *,
+        adapter_name: str = "default",
+        quiet: bool = False,
+        **options: Any,
+    ) -> DreamBoothResult:
+        """Teach the pipeline a subject (DreamBooth, arXiv:2208.12242); it carries the adapter afterwards.
+
+        Args:
+            images: a folder, a list of files, or a list of PIL images.
+            prompt: what is said of each, with a rare word for the subject ("a photo of sks dog"). Files may have captions
+                beside them.
+            class_prompt: the same without the rare word ("a photo of a dog"): prior preservation, with images that the
+                base generates.
+            steps: optimizer steps; None means the recipe's epochs.
+            output: folder for adapter/, report.html, samples and checkpoints; None keeps nothing.
+            adapter_name: name that the adapter gets.
+            quiet: show no progress.
+            **options: keys of the recipe (docs/recipes.md, "dreambooth"): sections as mappings (samples={"every": 100})
+                and single keys (rank=8, text_encoders=True, learning_rate=1e-4, ema=0.99, resume=True).
+
+        Raises:
+            RequestError: a wrong option or image; all that is wrong is said at once. InterruptedRunError, DivergedError:
+                see `lora_adapters.runs.run.train`. Whatever is raised, the pipeline is as it was.
+        """
+        from .dreambooth.in_memory import dreambooth
+
+        return dreambooth(self, images, prompt, class_prompt, steps, output, adapter_name, quiet, options)
 
     # ---- using -------------------------------------------------------------------------------------------------------
 

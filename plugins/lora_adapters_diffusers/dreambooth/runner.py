@@ -24,6 +24,7 @@ from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.loop import TrainingLoop
 from lora_adapters.runs.measuring import evaluating
 from lora_adapters.runs.optimizers import make_optimizer, parameter_groups
+from lora_adapters.runs.processes import own_device
 from lora_adapters.runs.progress import Progress
 from lora_adapters.runs.random_state import seed_all
 from lora_adapters.runs.requirements import check_training, compute_dtype
@@ -84,7 +85,7 @@ class DreamBoothRunner:
     @cached_property
     def device(self) -> torch.device:
         """Where the pipeline goes."""
-        return pick_device(self.recipe.model.device)
+        return own_device(pick_device(self.recipe.model.device))
 
     @cached_property
     def autocast(self) -> torch.dtype | None:
