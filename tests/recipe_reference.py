@@ -13,7 +13,14 @@ from lora_adapters.recipes.yaml_text import emit
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 MARK = "<!-- From here on written by `python tests/recipe_reference.py`; don't edit. -->\n"
-_WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+_WORDS = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true, false",
+    type(None): "nothing",
+    Any: "anything",
+}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 #: Section -> rows of its table.
 Rows = dict[tuple[str, ...], list[str]]

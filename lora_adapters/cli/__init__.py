@@ -29,7 +29,7 @@ _SECTIONS = {
     "About this installation": {
         "doctor": ("doctor", "Show versions, devices, and what works here and why not."),
         "plugins": ("plugins", "List the installed plugins and what became of each."),
-        "demo": ("demo", "Fine-tune a text encoder in 4 bits here, in a few minutes."),
+        "demo": ("demo", "Fine-tune text, image and diffusion models here, in a few minutes."),
     },
 }
 _COMMANDS = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..cache_folder import cache_folder
 from .output import Output, output_options
 
 if TYPE_CHECKING:
     from .demo_classification import ClassificationResult
     from .demo_images import ImageResult
     from .demo_language import LanguageModelResult
+
+    SubjectResult = Any  # of the diffusers plugin
 
 MIB = 2**20
 
@@ -48,14 +52,14 @@ class _Lines:
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 @output_options
 def command(seed: int, output: Output) -> None:
-    """Fine-tune a real text encoder and an image model in 4 bits, on this machine, in minutes. Nothing is downloaded."""
+    """Fine-tune text models, an image model and a diffusion model on this machine, in minutes. Nothing is downloaded."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..hooks.manager import require
 
-    require(("transformers", "timm", "bitsandbytes", "sklearn"), "demo", "The demo")
+    require(("transformers", "timm", "diffusers", "bitsandbytes", "sklearn"), "demo", "The demo")
     lines = _Lines(output)
-    lines.say("loading PyTorch, transformers, timm and PEFT")
+    lines.say("loading PyTorch, transformers, timm, diffusers and PEFT")
     from . import demo_classification, demo_images, demo_language
 
     with tempfile.TemporaryDirectory() as folder:
@@ -69,9 +73,20 @@ def command(seed: int, output: Output) -> None:
     lines.say("3. a small residual network, pretrained here on five handwritten digits, learns the other five")
     images = demo_images.run_images(demo_images.SETTINGS["resnet"](seed=seed), lines)
     lines.show(lambda: _image_table(images))
+    lines.say(
+        "4. DreamBooth: a small Stable Diffusion, pretrained here on nine handwritten digits, is taught the tenth"
+    )
+    subject = _subject(seed, lines)
+    lines.show(lambda: _subject_table(subject))
     lines.say("done")
-    parts = {"classification": classes, "language_model": words, "images": images}
+    parts = {"classification": classes, "language_model": words, "images": images, "subject": subject}
     output.show({name: asdict(part) for name, part in parts.items()}, lambda: None)
+
+
+def _subject(seed: int, lines: _Lines) -> SubjectResult:
+    # By name, as the core imports no plugin.
+    part = importlib.import_module("lora_adapters_diffusers.demo.subject")
+    return part.run_subject(cache_folder("demo", "subject"), part.SubjectSettings(seed=seed), lines)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -128,3 +143,21 @@ def _image_table(result: ImageResult) -> None:
         ("largest difference of a logit after merging", f"{result.merged_difference:.1e}"),
     ]
     _table(f"{result.test_size} held-out images of 5 new digits, {result.train_size} to train on", rows)
+
+
+def _subject_table(result: SubjectResult) -> None:
+    rows = [
+        (f'"{result.subject_prompt}" shows it: before', f"{result.subject['before']:.0%}"),
+        ("  after DreamBooth with prior preservation", f"{result.subject['with prior']:.0%}"),
+        ("  after DreamBooth without", f"{result.subject['without']:.0%}"),
+        (
+            f'"{result.class_prompt}" shows so many different digits (effective number): before',
+            f"{result.class_variety['before']:.1f}",
+        ),
+        ("  after, with prior preservation", f"{result.class_variety['with prior']:.1f}"),
+        ("  after, without: the class is forgotten", f"{result.class_variety['without']:.1f}"),
+        ("values trained", f"{result.trained_share:.1%}"),
+        ("real images that the judge of samples names rightly", f"{result.judge_accuracy:.1%}"),
+    ]
+    _table(f"The digit {result.digit}, from {result.images} images; {result.samples} samples of each prompt", rows)
+    click.echo(f"  samples: {result.picture}\n  report:  {result.reports['with prior']}")

@@ -32,11 +32,11 @@ def command(
     'lora-adapters recipes' lists the names.
     """
     from ..errors import RequestError
-    from ..recipes.starters import filled, starter
+    from ..recipes.starters import data_key, filled, starter
 
     chosen = starter(name)
     path = Path(f"{name}.yaml") if file is None else file
-    given = {("model", "name"): model, ("data", "train"): data, ("output",): run}
+    given = {("model", "name"): model, data_key(chosen.task): data, ("output",): run}
     text = filled(
         chosen.text.replace("THIS_FILE", str(path)), {key: value for key, value in given.items() if value is not None}
     )

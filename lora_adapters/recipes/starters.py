@@ -60,6 +60,15 @@ def starter(name: str) -> Starter:
     raise RequestError(f"No recipe is called {name[:60]!r}. {hint}There are: {', '.join(known) or 'none'}.")
 
 
+def data_key(task: str) -> tuple[str, str]:
+    """Return the path of the key of a task's recipe that says what to train on: the first that its `data` needs."""
+    from .messages import sections_of
+    from .tasks import recipe_class, trainer_of
+
+    keys = sections_of(recipe_class(trainer_of(task))).get(("data",), {})
+    return "data", next((name for name, field in keys.items() if field.is_required()), "train")
+
+
 def filled(text: str, given: Mapping[tuple[str, ...], str]) -> str:
     """Return a recipe's text with other values; comments and all else stay as they are.
 

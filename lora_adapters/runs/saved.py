@@ -53,7 +53,7 @@ def config_of(folder: Path) -> Mapping[str, Any]:
     if (folder / DIFFUSERS_NAME).is_file():
         open_source(folder / DIFFUSERS_NAME)
         return {}
-    return inspect_adapter(folder).config
+    return {**inspect_adapter(folder).config}
 
 
 def each_model(model: Any, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:

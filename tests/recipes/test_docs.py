@@ -24,7 +24,7 @@ def test_the_recipes_are_valid(tmp_path):
     for text in texts:
         path.write_text(text)
         found.append(read_recipe(path))
-    assert [recipe.task for recipe in found] == ["causal-lm", "image-classification"]
+    assert [recipe.task for recipe in found] == ["causal-lm", "image-classification", "dreambooth"]
     assert found[0].training.learning_rate == 2e-4
 
 

@@ -320,8 +320,8 @@ def fresh_plugins(monkeypatch):
 
 
 def test_a_task_of_a_plugin_that_is_not_there(wrong):
-    found = wrong(MINIMAL.replace("causal-lm", "dreambooth"))
-    assert "comes with the plugin 'diffusers'" in found
+    found = wrong(MINIMAL.replace("causal-lm", "rl"))
+    assert "comes with the plugin 'transformers'" in found
     assert "Ready: causal-lm" in found
 
 

@@ -7,7 +7,7 @@ import pytest
 from lora_adapters.errors import RequestError
 from lora_adapters.hooks.manager import plugins
 from lora_adapters.recipes.reading import read_recipe, validate
-from lora_adapters.recipes.starters import filled, starter, starters
+from lora_adapters.recipes.starters import data_key, filled, starter, starters
 from lora_adapters.recipes.yaml_text import parse, replace
 
 NAMES = sorted(starters())
@@ -43,10 +43,11 @@ def test_it_is_valid_and_explained(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_filling_in_changes_that_value_only(name, value):
     text = starter(name).text
-    paths = [("model", "name"), ("data", "train"), ("output",)]
+    data = data_key(starter(name).task)
+    paths = [("model", "name"), data, ("output",)]
     new = filled(text, dict.fromkeys(paths, value))
     recipe = validate(parse(new, "r").value)
-    assert [recipe.model.name, recipe.data.train, recipe.output] == [value] * 3
+    assert [recipe.model.name, getattr(recipe.data, data[1]), recipe.output] == [value] * 3
     changed = [(a, b) for a, b in zip(text.splitlines(), new.splitlines(), strict=True) if a != b]
     assert len(changed) == 3
     assert all(a.split(":")[0] == b.split(":")[0] for a, b in changed)
