@@ -18,6 +18,8 @@ from .naming import saved_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+#: What diffusers calls the file of an adapter of a pipeline.
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 MAX_CONFIG_BYTES = 2 * 2**20
 MAX_RANK = 2**16
 MAX_ALPHA = 1e6

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from .adapter_config import CONFIG_NAME, DIFFUSERS_NAME, WEIGHTS_NAME
 from .adapter_file import AdapterFile, inspect_adapter, read_adapter
 from .errors import CheckpointError, HubError, RequestError
 from .staging import interrupted_config
+from .tensor_file import Header, read_header, read_tensors
 
 CARD = "README.md"
 #: What an adapter's repository holds. Everything else in a folder stays at home: pickles, optimizer states, logs, data.
 _ALLOWED = frozenset(
     {
-        *(CONFIG_NAME, WEIGHTS_NAME, CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
+        *(CONFIG_NAME, WEIGHTS_NAME, DIFFUSERS_NAME, CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
         *("source.spm", "target.spm", "chat_template.jinja", "chat_template.json"),
@@ -36,21 +37,18 @@ class UploadPlan:
     """What would go up. Names come from the folder.
 
     Attributes:
-        adapter: the checked adapter.
+        adapter: the checked adapter, or the header of a file in diffusers' format.
+        folder: where it lies.
         files: (name, bytes), what is uploaded.
         left_out: (name, why not).
         warnings: what keeps others from using it.
     """
 
-    adapter: AdapterFile
+    adapter: AdapterFile | Header
+    folder: Path
     files: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        """The adapter's folder."""
-        return self.adapter.folder
 
 
 def plan_upload(path: str | Path) -> UploadPlan:
@@ -63,9 +61,12 @@ def plan_upload(path: str | Path) -> UploadPlan:
         CheckpointError: there is no adapter, it is damaged, or the last save to it was interrupted.
     """
     folder = Path(path)
-    if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter" / WEIGHTS_NAME).exists():
+    names = (WEIGHTS_NAME, DIFFUSERS_NAME)
+    here, inside = ([(place / name).exists() for name in names] for place in (folder, folder / "adapter"))
+    if not any(here) and any(inside):
         folder = folder / "adapter"
-    adapter = inspect_adapter(folder)
+    image = (folder / DIFFUSERS_NAME).exists()
+    adapter = read_header(folder / DIFFUSERS_NAME) if image else inspect_adapter(folder)
     if interrupted_config(folder):
         raise CheckpointError(f"The last save to {folder} was interrupted: restore it and save it again, then push.")
     files, left_out = [], []
@@ -75,7 +76,7 @@ def plan_upload(path: str | Path) -> UploadPlan:
             left_out.append((entry.name, reason))
         else:
             files.append((entry.name, entry.stat().st_size))
-    return UploadPlan(adapter, tuple(files), tuple(left_out), tuple(_warnings(adapter)))
+    return UploadPlan(adapter, folder, tuple(files), tuple(left_out), tuple(_warnings(adapter, folder)))
 
 
 def upload(
@@ -100,7 +101,10 @@ def upload(
     from huggingface_hub import HfApi
 
     check_repo_id(repo_id)
-    read_adapter(plan.adapter)
+    if isinstance(plan.adapter, Header):
+        read_tensors(plan.folder / DIFFUSERS_NAME, plan.adapter)
+    else:
+        read_adapter(plan.adapter)
     api = HfApi(token=token)
     with _one_line(repo_id):
         # The Hub's answer names the repository in full ("me/repo" for "repo").
@@ -135,16 +139,18 @@ def _why_not(entry: Path) -> str:
     return "no part of an adapter"
 
 
-def _warnings(adapter: AdapterFile) -> Iterator[str]:
-    base = adapter.config.get("base_model_name_or_path")
-    if not base:
+def _warnings(adapter: AdapterFile | Header, folder: Path) -> Iterator[str]:
+    base = None if isinstance(adapter, Header) else adapter.config.get("base_model_name_or_path")
+    if isinstance(adapter, Header):
+        pass  # diffusers' file names no base: the card does
+    elif not base:
         yield f"{CONFIG_NAME} names no base model, so others don't know what to load it on."
     elif _local(base):
         yield (
             f"{CONFIG_NAME} names the base model as a path of this machine ({_printable(base)}), which others can't load: "
             "set base_model_name_or_path to its name on the Hub."
         )
-    if not (adapter.folder / CARD).is_file():
+    if not (folder / CARD).is_file():
         yield f"there is no model card ({CARD}): others won't know what it is for."
 
 

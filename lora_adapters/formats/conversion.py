@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter_config import DIFFUSERS_NAME
 from ..errors import RequestError
 from .families import family_of
 from .low_rank import truncated
 from .portable import PortableAdapter
 from .registry import detect, make, read, write
-from .source import DIFFUSERS_NAME
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from ..adapter_config import CONFIG_NAME, DIFFUSERS_NAME, WEIGHTS_NAME
 from ..errors import CheckpointError, RequestError
 from ..tensor_file import FLOATING, Header, check_finite, read_header, read_tensors
 
-#: What diffusers names a file in a folder.
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Alphas are whole numbers in some files.
 _NUMBERS = (*FLOATING, "I64", "I32", "I16", "I8", "U8")

@@ -96,7 +96,7 @@ def _header(facts: RunFacts, folder: Path) -> ModelCardData:
     return ModelCardData(
         base_model=_hub_name(facts, folder),
         datasets=list(on_hub) or None,
-        library_name="peft",
+        library_name="diffusers" if facts.task == "dreambooth" else "peft",
         pipeline_tag=pipeline,
         tags=["lora", "lora_adapters", _one_line(facts.task)],
         eval_results=results or None,
@@ -189,6 +189,8 @@ def _loading(facts: RunFacts, folder: Path) -> str:
         revision=facts.revision if on_hub else None,
         trust_remote_code=_recipe(facts, "model").get("trust_remote_code") or None,
     )
+    if facts.task == "dreambooth":
+        return _loading_with_diffusers(facts, where, source)
     ours = _arguments(
         task=facts.task if facts.task in _AUTO else None,
         **_head(facts),
@@ -197,21 +199,26 @@ def _loading(facts: RunFacts, folder: Path) -> str:
     parts = ["## How to load it"]
     if peft := _peft_code(facts, source):
         parts += ["With PEFT:", _code([*peft[0], "", *where, *peft[1]])]
-    if facts.task != "dreambooth":  # A pipeline is no module: load and restore have no one-line form for it.
-        code = ["import lora_adapters as la", "", *where, f"model = la.load(base{source}{ours})"]
-        parts.append("With lora_adapters, which checks the files against the base first:")
-        parts.append(_code([*code, "la.restore(model, adapter)"]))
+    code = ["import lora_adapters as la", "", *where, f"model = la.load(base{source}{ours})"]
+    parts.append("With lora_adapters, which checks the files against the base first:")
+    parts.append(_code([*code, "la.restore(model, adapter)"]))
+    return "\n\n".join(parts)
+
+
+def _loading_with_diffusers(facts: RunFacts, where: list[str], source: str) -> str:
+    made = [*where, f"pipe = DiffusionPipeline.from_pretrained(base{source})"]
+    stock = ["from diffusers import DiffusionPipeline", "", *made, "pipe.load_lora_weights(adapter)"]
+    ours = ["from diffusers import DiffusionPipeline", "from lora_adapters_diffusers import LoraPipeline", "", *made]
+    ours.append("LoraPipeline(pipe).load(adapter)")
+    checks = "With lora_adapters, which checks the file against the base first:"
+    parts = ["## How to load it", "With diffusers:", _code(stock), checks, _code(ours)]
+    if prompt := _recipe(facts, "data").get("prompt"):
+        parts.append(f"It was trained on images of which was said: {_text(_one_line(prompt))}")
     return "\n\n".join(parts)
 
 
 def _peft_code(facts: RunFacts, source: str) -> tuple[list[str], list[str]] | None:
     """Return imports and statements."""
-    if facts.task == "dreambooth":
-        return ["from diffusers import AutoPipelineForText2Image", "from peft import PeftModel"], [
-            f"pipe = AutoPipelineForText2Image.from_pretrained(base{source})",
-            'part = "unet" if hasattr(pipe, "unet") else "transformer"',
-            "setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), adapter))",
-        ]
     if facts.task not in _AUTO:
         return None
     auto = _AUTO[facts.task]

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from ..formats.source import DIFFUSERS_NAME
+from ..adapter_config import CONFIG_NAME, DIFFUSERS_NAME, WEIGHTS_NAME
 from ..staging import new_folder
 from . import checkpoints
 from .gradients import GradientGuard

@@ -41,14 +41,15 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def config_of(folder: Path) -> Mapping[str, Any]:
+def config_of(folder: Path) -> Any:
     """Return the config of an adapter after looking at its header; of an image model's file in diffusers' format, {}.
 
     Raises:
         CheckpointError: it is damaged, or there is none.
     """
+    from ..adapter_config import DIFFUSERS_NAME
     from ..checkpoint import inspect_adapter
-    from ..formats.source import DIFFUSERS_NAME, open_source
+    from ..formats.source import open_source
 
     if (folder / DIFFUSERS_NAME).is_file():
         open_source(folder / DIFFUSERS_NAME)

@@ -148,7 +148,7 @@ def test_code_of_each_task_names_its_classes(make_facts, task):
         "seq2seq": "AutoModelForSeq2SeqLM",
         "text-classification": "AutoModelForSequenceClassification",
         "reward": "AutoModelForSequenceClassification",
-        "dreambooth": "AutoPipelineForText2Image",
+        "dreambooth": "DiffusionPipeline",
     }
     made = "timm.create_model(base" if task == "image-classification" else f"{auto[task]}.from_pretrained(base"
     assert made in code_of(text)[0]

@@ -112,11 +112,10 @@ def denoiser_arguments(section: PipelineAdapter, denoiser: nn.Module) -> dict[st
         return given
     exact, used = {}, set()
     for layer in la.plan(denoiser, **given).layers:
-        block = max(
-            (b for b in section.blocks if layer.name == b or layer.name.startswith(f"{b}.")), key=len, default=""
-        )
-        used.add(block)
-        if rank := section.blocks.get(block, layer.rank):
+        around = [block for block in section.blocks if layer.name == block or layer.name.startswith(f"{block}.")]
+        used.update(around)
+        rank = section.blocks[max(around, key=len)] if around else layer.rank
+        if rank:
             exact[layer.name] = (rank, layer.alpha * rank / layer.rank)
     if unknown := [name for name in section.blocks if name not in used]:
         raise RequestError(

@@ -61,8 +61,6 @@ def load(section: PipelineModel) -> Any:
     options["dtype"] = _dtype(section)
     if Path(section.name).is_file():
         del options["variant"]
-    elif section.config is not None:
-        raise RequestError("model.config: it is for a single file, and model.name is none: leave it out.")
     with _of_the_recipe():
         return loading.load_pipeline(
             section.name, **{key: value for key, value in options.items() if value is not None}
@@ -92,6 +90,8 @@ def _folder_of_configs(section: PipelineModel) -> Path | None:
     path = Path(section.name).expanduser()
     if path.is_file():
         return None if section.config is None else Path(section.config)
+    if section.config is not None:
+        raise RequestError("model.config: it is for a single file, and model.name is none: leave it out.")
     if path.is_dir():
         if not (path / _INDEX).is_file():
             raise RequestError(f"model.name: {path} has no {_INDEX}, so it is no pipeline in diffusers' layout.")

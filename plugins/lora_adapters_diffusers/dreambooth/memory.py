@@ -79,8 +79,16 @@ def set_checkpointing(model: Any) -> None:
     """Turn gradient checkpointing on, of a model of diffusers or transformers."""
     if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
+    elif hasattr(model, "activation_checkpointing_enable"):  # what newer versions of transformers call it
+        model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def stop_checkpointing(model: Any) -> None:
+    """Undo `set_checkpointing`."""
+    names = ("disable_gradient_checkpointing", "activation_checkpointing_disable", "gradient_checkpointing_disable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def _optimizer(training: DreamBoothTraining) -> Any:

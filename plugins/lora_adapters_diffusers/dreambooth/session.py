@@ -22,7 +22,7 @@ from lora_adapters.runs.schedule import total_steps
 from .adapters import Adapters
 from .batches import Batches, unchanging
 from .caches import CachedLatents, CachedText
-from .memory import set_checkpointing
+from .memory import set_checkpointing, stop_checkpointing
 from .objective import objective_of
 from .prior import class_images
 from .put_away import PutAway
@@ -256,7 +256,7 @@ class Session:
             setattr(self.lora.pipe, self.family.denoiser_name, self._compiled)
         if self.recipe.training.gradient_checkpointing:
             for handle in self.adapters.handles.values():
-                _stop_checkpointing(handle.base)
+                stop_checkpointing(handle.base)
         for module, training in self._modes:
             module.training = training
 
@@ -277,10 +277,3 @@ def check_in_memory(pipe: Any) -> None:
 
 def _folder(cache: str | None, name: str) -> Any:
     return cache_folder(name) if cache == "disk" else None
-
-
-def _stop_checkpointing(model: Any) -> None:
-    if hasattr(model, "disable_gradient_checkpointing"):
-        model.disable_gradient_checkpointing()
-    else:
-        model.gradient_checkpointing_disable()
