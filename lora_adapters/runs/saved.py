@@ -54,7 +54,7 @@ def config_of(folder: Path) -> Any:
     if (folder / DIFFUSERS_NAME).is_file():
         open_source(folder / DIFFUSERS_NAME)
         return {}
-    return {**inspect_adapter(folder).config}
+    return inspect_adapter(folder).config.values
 
 
 def each_model(model: Any, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
