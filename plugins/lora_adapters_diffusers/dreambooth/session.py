@@ -179,7 +179,7 @@ class Session:
         self.sampler = Sampler(self.family, self.recipe.samples, runner.prompts, side, self.away)
         if self.recipe.training.compile:
             self._compiled = self.family.denoiser
-            setattr(self.lora.pipe, self.family.denoiser_name, torch.compile(self._compiled))
+            setattr(self.lora.pipe, self.family.denoiser_name, torch.compile(self._compiled, dynamic=False))
 
     def _epochs(self, batches: int) -> int:
         training = self.recipe.training
