@@ -21,12 +21,12 @@ def test_the_total_is_what_the_quantized_denoiser_gives(tiny):
     torch.manual_seed(0)
     report = lora.drift(**CALL)
     assert report.inputs == 2
-    assert {part.part for part in report.parts} == {"attention", "mlp", "conv", "other"}
+    assert {part.part for part in report.parts} == {"attention", "mlp", "conv", "time", "other"}
     assert sum(part.layers for part in report.parts) == report.total.layers
     assert sum(part.saved for part in report.parts) == report.total.saved > 0
     assert all(0 < part.error < 1 and part.cosine < 1 for part in (report.total, *report.parts))
     assert [part.error for part in report.parts] == sorted((p.error for p in report.parts), reverse=True)
-    assert [line.split()[0] for line in str(report).splitlines()[2:6]] == [part.part for part in report.parts]
+    assert [line.split()[0] for line in str(report).splitlines()[2:7]] == [part.part for part in report.parts]
     assert dict(lora.denoiser.named_modules()) == modules
     assert all(torch.equal(value, before[key]) for key, value in lora.denoiser.state_dict().items())
     torch.manual_seed(0)

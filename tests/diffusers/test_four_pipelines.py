@@ -164,9 +164,10 @@ def test_stock_calls_before_and_after_ours(tiny, kind, files):
         pipe.set_lora_device(["a", "b"], "cpu")
         pipe.to(torch.float64)
         pipe.to(torch.float32)
-    blocks = (
-        {"down": 0.2, "mid": 0.5, "up": {"block_1": [0.1, 0.9]}} if "unet" in parts else {"transformer_blocks.0": 0.2}
-    )
+    blocks: dict = {"transformer_blocks.0": 0.2}
+    if "unet" in parts:
+        scales = [0.1, 0.9, 0.4][: len(ours.denoiser.up_blocks[1].attentions)]
+        blocks = {"down": 0.2, "mid": 0.5, "up": {"block_1": scales}}
     weights = [{parts[0]: blocks}, 0.5]
     by_block = each(lambda pipe: pipe.set_adapters(["a", "b"], copy.deepcopy(weights)))
     for lora in (ours, theirs):

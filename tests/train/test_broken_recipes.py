@@ -16,7 +16,7 @@ BROKEN = {
     "not finite": (["training.learning_rate=.inf"], ["training.learning_rate"]),
     "wrong choice": (["training.schedule=cosin"], ["training.schedule", "'cosine'"]),
     "unknown task": (["task=causal-ml"], ["did you mean 'causal-lm'?"]),
-    "a plugin's task": (["task=dreambooth"], ["'dreambooth'", "plugin 'diffusers'"]),
+    "a plugin's task": (["task=rl"], ["'rl'", "plugin 'transformers'"]),
     "missing key": (["model={}"], ["model.name", "missing"]),
     "newer schema": (["schema=2"], ["schema", "pip install -U"]),
     "two that exclude each other": (["resume=true", "overwrite=true"], ["resume and overwrite contradict"]),

@@ -32,6 +32,10 @@ sides = st.integers(1, 5000)
 @settings(max_examples=60, deadline=None)
 def test_sizes_have_as_many_pixels_as_steps_allow(resolution, step, multiple, aspect):
     unit = math.lcm(step, multiple)
+    if resolution < unit:
+        with pytest.raises(RequestError, match="less than one step"):
+            bucket_sizes(resolution, step, multiple, aspect)
+        return
     sizes = bucket_sizes(resolution, step, multiple, aspect)
     square = resolution // unit * unit
     assert (square, square) in sizes
