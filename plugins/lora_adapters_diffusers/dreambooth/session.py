@@ -241,9 +241,12 @@ class Session:
         changes = self.task.objective.scheduler_changes
         if not changes:
             return
-        self.lora.pipe.scheduler = type(self.scheduler).from_config(self.scheduler.config, **changes)
+        changed = self.task.objective.for_inference(self.scheduler)
+        self.lora.pipe.scheduler = changed
         said = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        note = f"The adapter needs the pipeline's scheduler changed: pipe.scheduler.from_config(..., {said})."
+        note = (
+            f"The adapter needs another scheduler: {type(changed).__name__}.from_config(pipe.scheduler.config, {said})."
+        )
         if note not in self.run.facts.notes:
             self.run.facts.notes.append(note)
 

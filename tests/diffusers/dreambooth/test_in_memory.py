@@ -150,3 +150,16 @@ def test_the_run_is_the_recipes(tmp_path):
     assert recipe.prior.prompt == "a cat"
     assert recipe.training.max_steps == 2
     assert {part.name: part.rows for part in result.facts.data} == {"train": 3, "eval": 3, "class": 2}
+
+
+def test_the_scheduler_that_the_objective_needs():
+    """PNDM can't rescale its schedule: DDIM, which can, takes its place."""
+    from diffusers import PNDMScheduler
+
+    pipe = build("sd")
+    pipe.scheduler = PNDMScheduler(num_train_timesteps=100, prediction_type="v_prediction", skip_prk_steps=True)
+    lora = LoraPipeline(pipe)
+    result = teach(lora, zero_terminal_snr=True)
+    assert pipe.scheduler.config.rescale_betas_zero_snr
+    assert any("DDIMScheduler.from_config" in note for note in result.facts.notes)
+    image(pipe)
