@@ -46,6 +46,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/parity.py
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 	  $(BIN)/python benchmarks/layers.py && $(BIN)/python benchmarks/models.py && $(BIN)/python benchmarks/unet.py; fi
+	$(BIN)/python benchmarks/dreambooth.py
 
 # The oldest supported versions (see tests/oldest.txt).
 test-oldest: .venv-oldest/.done

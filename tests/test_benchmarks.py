@@ -65,6 +65,28 @@ def test_unet():
         assert_ratio(row["/ PEFT"])
 
 
+def test_dreambooth():
+    pytest.importorskip("diffusers")
+    done = run(
+        "dreambooth.py",
+        "--models",
+        "tiny",
+        "--variants",
+        "diffusers",
+        "ours",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--json",
+    )
+    rows = json.loads(done.stdout)
+    assert [row["variant"] for row in rows] == ["diffusers", "ours"]
+    for row in rows:
+        assert_ratio(row["/ diffusers"])
+        assert_ratio(row["peak GiB"])
+
+
 def test_layers(tmp_path):
     table = tmp_path / "layers.md"
     done = run("layers.py", "--tiny", "--rounds", "2", "--device", "cpu", "--markdown", str(table), "--json")
