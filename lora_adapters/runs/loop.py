@@ -116,7 +116,9 @@ class TrainingLoop:
         self.run, self.adapter, self.guard, self.parts = run, adapter, guard, parts
         self.training: Any = run.recipe.training
         self.trained = list(adapter.parameters())
-        self._own_state = not AcceleratorState._shared_state
+        # One state, with one precision, serves a whole process: what another Accelerator set comes back after the run.
+        self._state_before = dict(AcceleratorState._shared_state)
+        AcceleratorState._reset_state()
         self.accelerator = self._accelerator()
         self.per_step = self.training.gradient_accumulation * self.accelerator.num_processes
         self.per_epoch = math.ceil(len(parts.batches) / self.per_step)
@@ -136,8 +138,8 @@ class TrainingLoop:
         try:
             self._fit(self._resume())
         finally:
-            if self._own_state:  # it has one precision for each process, and the next run may have another
-                AcceleratorState._reset_state()
+            AcceleratorState._reset_state()
+            AcceleratorState._shared_state.update(self._state_before)
             self.run.progress.stop()
 
     def _fit(self, first: int) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from lora_adapters_diffusers import LoraPipeline
 from PIL import Image
@@ -108,6 +110,18 @@ def test_each_setting_changes_what_is_learned(run, place, tmp_path):
         assert not same(plain, folder), name
     _, half = run("half", data={"masks": str(place / "masks"), "mask_floor": 1.0})
     assert same(plain, half), "a floor of 1 is no mask"
+
+
+def test_another_accelerator_keeps_its_precision(run):
+    """accelerate has one precision for all of a process."""
+    AcceleratorState._reset_state()
+    try:
+        other = Accelerator(cpu=True, mixed_precision="no")
+        facts, _ = run("beside", training={"precision": "bfloat16"})
+        assert facts.status == "finished"
+        assert other.mixed_precision == other.state.mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_a_compiled_denoiser_learns_the_same(run, monkeypatch):
