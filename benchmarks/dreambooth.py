@@ -20,12 +20,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from interleaved import median, ratio, table
+from interleaved import median, ratio, tell
 from lora_adapters_diffusers import LoraPipeline
 from PIL import Image
 from torch import nn
@@ -235,16 +236,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the tables")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
-    if not args.json:
-        print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "torch", torch.__version__)
-    for name in args.models:
-        found = measure(SHAPES[name], args)
-        rows += found
-        if not args.json:
-            print(table(found), flush=True)
-    if args.json:
-        print(json.dumps(rows, indent=1))
+    tell([partial(measure, SHAPES[name], args) for name in args.models], args.device, args.json)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def seconds(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> list[dict[str, float]]:
@@ -44,3 +47,22 @@ def _text(value: object, digits: int) -> str:
     if isinstance(value, float):
         return f"{value:.1f}" if value >= 100 else f"{value:.{digits}f}"
     return "" if value is None else str(value)
+
+
+def tell(jobs: Iterable[Callable[[], list[dict[str, Any]]]], device: str, as_json: bool) -> None:
+    """Run jobs one after the other, each of which returns rows; print a table of each, or one JSON list of all."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    if not as_json:
+        print(torch.cuda.get_device_name() if device == "cuda" else "CPU", "torch", torch.__version__)
+    for job in jobs:
+        rows = job()
+        found += rows
+        if not as_json:
+            print(table(rows), flush=True)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if as_json:
+        print(json.dumps(found, indent=1))

@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from interleaved import median, ratio, table
+from interleaved import median, ratio, tell
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -246,26 +246,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
-    if not args.json:
-        print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "torch", torch.__version__)
-    for name in args.models:
-        shape = (TINY if args.tiny else SHAPES).get(name)
-        if shape is None:
-            print(f"{name}: left out (no tiny one)")
-            continue
-        for weights in args.weights:
-            rows += measure(shape, weights, args)
-            if not args.json:
-                print(
-                    table([row for row in rows if row["model"] == shape.title and row["weights"] == weights]),
-                    flush=True,
-                )
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-    if args.json:
-        print(json.dumps(rows, indent=1))
+    known = TINY if args.tiny else SHAPES
+    for name in set(args.models) - known.keys():
+        print(f"{name}: left out (no tiny one)")
+    shapes = [known[name] for name in args.models if name in known]
+    tell(
+        [partial(measure, shape, weights, args) for shape in shapes for weights in args.weights], args.device, args.json
+    )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
-from interleaved import median, ratio, table
+from interleaved import median, ratio, tell
 from models import Shape, Step, peak
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -219,19 +219,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the tables")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
-    if not args.json:
-        print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "torch", torch.__version__)
-    for name in args.models:
-        found = measure(SHAPES[name], args)
-        rows += found
-        if not args.json:
-            print(table(found), flush=True)
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-    if args.json:
-        print(json.dumps(rows, indent=1))
+    tell([partial(measure, SHAPES[name], args) for name in args.models], args.device, args.json)
 
 
 if __name__ == "__main__":

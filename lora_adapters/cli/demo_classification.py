@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import MissingDependencyError
 from .demo_data import ClassificationData, TextExample, section_data
-from .demo_training import Clock, Progress, no_progress, quiet_transformers, run_trainer
+from .demo_training import Clock, Progress, no_progress, quiet, run_trainer
 
 #: The classification head: a layer on the first token, which this encoder has but was not trained with (its authors
 #: averaged all tokens), and a new one. LoRA trains both whole, beside adapters everywhere else.
@@ -102,10 +102,10 @@ def run_classification(
     """
     settings = settings or ClassificationSettings()
     clock = Clock(progress)
-    with quiet_transformers(), clock.stage("Reading docstrings"):
+    with quiet("transformers"), clock.stage("Reading docstrings"):
         data = section_data(settings.train_per_class, settings.test_per_class, settings.max_words)
         inputs = _tokenize(data, settings.max_tokens)
-    with quiet_transformers():
+    with quiet("transformers"):
         with clock.stage("Frozen encoder"):
             before = centroid_accuracy(data, inputs)
         lora = _train_lora(data, inputs, settings, folder, clock)

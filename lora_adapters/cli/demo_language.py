@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .demo_data import TextCorpus, language_data
-from .demo_training import Clock, Progress, no_progress, quiet_transformers, run_trainer
+from .demo_training import Clock, Progress, no_progress, quiet, run_trainer
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_language_model(
 
     settings = settings or LanguageModelSettings()
     clock = Clock(progress)
-    with quiet_transformers():
+    with quiet("transformers"):
         with clock.stage("Reading the standard library"):
             data = language_data(settings.prose_characters, settings.code_characters, settings.test_characters)
             encode = _tokenizer(data.prose, settings.vocabulary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -78,10 +79,13 @@ def run_trainer(
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' own bars and its report that the task head is new, and put its settings back."""
-    from transformers.utils import logging
+def quiet(library: str) -> Iterator[None]:
+    """Hide the bars, warnings and reports of transformers or diffusers, and put its settings back.
 
+    Args:
+        library: "transformers" or "diffusers", whose `utils.logging` work alike.
+    """
+    logging: Any = importlib.import_module(f"{library}.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

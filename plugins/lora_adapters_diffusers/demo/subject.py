@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lora_adapters.cli.demo_training import Clock, Progress, no_progress, quiet_transformers
+from lora_adapters.cli.demo_training import Clock, Progress, no_progress, quiet
 from lora_adapters.recipes.reading import validate
 from lora_adapters.runs.progress import Progress as RunProgress
 from lora_adapters.runs.run import train
@@ -103,7 +102,7 @@ def run_subject(
         settings: what is taught, and how.
         progress: called as the work goes on.
     """
-    with quiet_transformers(), _quiet_diffusers():
+    with quiet("transformers"), quiet("diffusers"):
         return _run(Path(folder), settings or SubjectSettings(), Clock(progress))
 
 
@@ -192,22 +191,6 @@ def _recipe(base: Path, folder: Path, name: str, settings: SubjectSettings) -> d
         "output": str(folder / _RUNS[name]),
         "overwrite": True,
     }
-
-
-@contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Hide diffusers' bars and warnings, and put its settings back."""
-    from diffusers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()

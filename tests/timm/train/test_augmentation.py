@@ -130,15 +130,15 @@ def test_smoothed_targets_are_torchs_label_smoothing():
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-inc1", "original", "augmix-m10", "3a"])
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "original", "augmix-m10"])
 def test_posterizing_leaves_a_bit(policy):
     transform = training_transform(CONFIG, Augmentation(auto_augment=policy))
     groups = [group for t in transform.transforms for group in [getattr(t, "ops", ()), *getattr(t, "policy", ())]]
     posterizing = [op for group in groups for op in group if op.name.startswith("Posterize")]
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert posterizing
     for op in posterizing:
         op.prob, op.magnitude, op.magnitude_std = 1, 10 * (op.name != "PosterizeOriginal"), 0
         op(image)
         op.magnitude = 0
         op(image)
-    assert posterizing or policy == "3a"
