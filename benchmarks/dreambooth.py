@@ -1,13 +1,15 @@
 """DreamBooth at SD1.5's 512 px and SDXL's 1024 px: a step's time and the peak of memory, diffusers' way and ours.
 
-    python benchmarks/dreambooth.py [--models sd15 sdxl] [--variants ...] [--steps 20] [--rounds 3] [--json]
+    python benchmarks/dreambooth.py [--models sd15 sdxl] [--variants ...] [--steps 25] [--rounds 3] [--json]
 
 Random weights of the true shapes, batch 1, rank 16 on attention, AdamW, gradient checkpointing, bf16 (fp32 on a CPU, where
 small shapes run, and the peak is the whole process's). "diffusers" is what its scripts do
 (examples/dreambooth/train_dreambooth_lora*.py): stock PEFT layers with adapters in fp32, the VAE (SDXL's in fp32) at every
 step; SD1.5's script also runs the text encoder at every step, SDXL's encodes the prompt once. "ours" is
-LoraPipeline.dreambooth with its defaults: latents and text are encoded once.
-Variants run in turn in each round; the first round is not counted. The peak is that of the training steps, not of encoding.
+LoraPipeline.dreambooth with its defaults: latents and text are encoded once, and on a GPU steps are CUDA graphs.
+Variants run in turn in each round; the first round is not counted. A step's time is the median over stretches of five
+steps, without the first stretch, in which graphs are recorded and kernels chosen, and without saving. The peak is that of
+the tensors of training steps, not of encoding; "reserved" is what the allocator held at most while training and measuring.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging as diffusers_logging
 from interleaved import median, ratio, tell
 from lora_adapters_diffusers import LoraPipeline
 from PIL import Image
@@ -36,7 +41,15 @@ from lora_adapters.runs.measured import PeakMemory
 
 PROMPT = "a photo of sks dog"
 RANK = 16
-VARIANTS = {"diffusers": None, "ours": None, "ours, NF4": "nf4"}
+#: Name -> how the UNet is stored, what is asked for.
+VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "diffusers": (None, {}),
+    "ours": (None, {}),
+    "ours, NF4": ("nf4", {}),
+    "ours, no graphs": (None, {"cuda_graphs": False}),
+}
+#: Steps of a stretch that is timed.
+STRETCH = 5
 
 
 @dataclass(frozen=True)
@@ -119,8 +132,23 @@ def photos(side: int, count: int = 4) -> list[Image.Image]:
     return [Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def stock(pipe: Any, images: list[Image.Image], steps: int, device: str) -> tuple[float, int]:
-    """Train as diffusers' scripts do; return seconds of a step, and the peak of memory."""
+@dataclass(frozen=True)
+class Run:
+    """Seconds of a step, bytes of tensors at the peak, bytes that the allocator held at most."""
+
+    seconds: float
+    peak: int
+    reserved: int
+
+
+def run_of(times: list[float], peak: int, device: str) -> Run:
+    """Return a run of the times at the end of each stretch of steps."""
+    steps = [(after - before) / STRETCH for before, after in pairwise(times)]
+    return Run(statistics.median(steps), peak, torch.cuda.max_memory_reserved() if device == "cuda" else peak)
+
+
+def stock(pipe: Any, images: list[Image.Image], steps: int, device: str, options: dict[str, Any]) -> Run:
+    """Train as diffusers' scripts do."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -168,50 +196,58 @@ def stock(pipe: Any, images: list[Image.Image], steps: int, device: str) -> tupl
         optimizer.zero_grad()
 
     memory = PeakMemory(torch.device(device))
-    start = time.perf_counter()
-    for number in range(steps):
+    times = []
+    for number in range(1, steps + 1):
         step(number)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    spent = (time.perf_counter() - start) / steps
-    found = memory.read()["peak"]
-    unet.delete_adapters("default")
-    unet.disable_gradient_checkpointing()
-    return spent, found
+        if number % STRETCH == 0:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+    return run_of(times, memory.read()["peak"], device)
 
 
-def ours(pipe: Any, images: list[Image.Image], steps: int, device: str) -> tuple[float, int]:
-    """Train with LoraPipeline.dreambooth; return seconds of a step, and the peak of memory."""
-    lora = LoraPipeline(pipe)
-    result = lora.dreambooth(
-        images,
-        prompt=PROMPT,
-        steps=steps,
-        rank=RANK,
-        resolution=images[0].width,
-        gradient_checkpointing=True,
-        samples={"count": 0},
-        min_side=8,
-        quiet=True,
-    )
-    return 1 / result.facts.throughput["images"], result.facts.memory_measured["peak"]
+def ours(pipe: Any, images: list[Image.Image], steps: int, device: str, options: dict[str, Any]) -> Run:
+    """Train with LoraPipeline.dreambooth."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = LoraPipeline(pipe).dreambooth(
+            images,
+            prompt=PROMPT,
+            steps=steps,
+            output=f"{folder}/run",
+            rank=RANK,
+            resolution=images[0].width,
+            gradient_checkpointing=True,
+            log_every=STRETCH,
+            save_every=steps,
+            samples={"count": 0},
+            min_side=8,
+            quiet=True,
+            **options,
+        )
+        assert result.folder is not None
+        rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    times = [row["step"] / row["images_per_second"] for row in rows if "loss" in row and row["step"] % STRETCH == 0]
+    return run_of(times, result.facts.memory_measured["peak"], device)
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of one shape."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    images, rounds, peaks = photos(shape.side), [], {}
+    images, rounds = photos(shape.side, 1), []
+    runs: dict[str, Run] = {}
     for turn in range(args.rounds + 1):
-        times = {}
         for name in args.variants if turn % 2 else reversed(args.variants):
             pipe = pipeline(shape, args.device, dtype)
-            if VARIANTS[name]:
-                LoraPipeline(pipe, quantization={"unet": VARIANTS[name]})
+            stored, options = VARIANTS[name]
+            if stored:
+                LoraPipeline(pipe, quantization={"unet": stored})
             train = stock if name == "diffusers" else ours
-            times[name], peaks[name] = train(pipe, images, args.steps if turn else 2, args.device)
+            runs[name] = train(pipe, images, max(args.steps if turn else 0, 2 * STRETCH), args.device, options)
             del pipe
             gc.collect()
-        rounds.append(times)
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+        rounds.append({name: run.seconds for name, run in runs.items()})
     rounds = rounds[1:]
     return [
         {
@@ -219,7 +255,8 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
             "variant": name,
             "ms/step": 1000 * median(rounds, name),
             "/ diffusers": ratio(rounds, name, "diffusers") if "diffusers" in args.variants else None,
-            "peak GiB": peaks[name] / 2**30,
+            "peak GiB": runs[name].peak / 2**30,
+            "reserved GiB": runs[name].reserved / 2**30,
         }
         for name in args.variants
     ]
@@ -231,11 +268,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["sd15", "sdxl"] if cuda else ["tiny"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the tables")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    diffusers_logging.set_verbosity_error()
     tell([partial(measure, SHAPES[name], args) for name in args.models], args.device, args.json)
 
 

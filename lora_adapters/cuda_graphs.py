@@ -7,7 +7,9 @@ them. A CUDA graph records the launches once and replays them at once (Gray, "Ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +119,8 @@ class GraphedLoss:
         before = [grad.clone() for grad in self._grads]
         random = torch.cuda.get_rng_state(self._device)
         graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        torch.cuda.empty_cache()  # what earlier work took is of no use to another stream
         try:
             stream = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -125,9 +129,10 @@ class GraphedLoss:
                     self._run(given)
             torch.cuda.current_stream(self._device).wait_stream(stream)
             torch._foreach_copy_(self._grads, before)
+            torch.cuda.empty_cache()  # what these runs took is not kept beside what the graph keeps
             torch.cuda.set_rng_state(random, self._device)
             # Other threads, such as one that pins batches, may go on using CUDA.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(given)
         except RuntimeError as error:
             if not any(word in str(error) for word in ("captur", "Offset increment")):
@@ -144,3 +149,15 @@ class GraphedLoss:
             raise RequestError("The loss must be one number that depends on what is trained.")
         loss.backward()
         return loss.detach()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within this context Python frees nothing by itself: an old graph that is freed while another is recorded spoils it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -25,7 +25,11 @@ class GradientGuard:
         self._in_a_row = 0
 
     def passes(
-        self, parameters: Iterable[torch.nn.Parameter], step: int, statistics: Iterable[torch.Tensor] = ()
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        step: int,
+        statistics: Iterable[torch.Tensor] = (),
+        norm: torch.Tensor | None = None,
     ) -> bool:
         """Return True if the optimizer may use the gradients; else they are dropped, and the step counts as skipped.
 
@@ -33,12 +37,14 @@ class GradientGuard:
             parameters: those of the optimizer; more do no harm.
             step: the number of this step, counted from 1.
             statistics: what the forward has changed, as BatchNorm's running statistics: they must be finite too.
+            norm: of the gradients, where it is known.
 
         Raises:
             DivergedError: the gradient is not finite and the policy is "raise".
         """
         parameters = [p for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if bool(norm.isfinite()) and all(bool(value.isfinite().all()) for value in statistics):
             self.taken()
             return True

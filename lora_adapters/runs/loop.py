@@ -7,7 +7,7 @@ seeded anew for each batch, what dropout leaves out. All else that the next step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from ..cuda_graphs import GraphedLoss
 from ..ema import AdapterEma
 from .folder import LOGS
 from .keeping import keep_checkpoint
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Beside the adapter in a checkpoint: all else that the next step depends on.
 _STATE = "training.pt"
+#: Among the inputs of a recorded loss: what it is multiplied by.
+_FACTOR = "factor"
 _PRECISIONS = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -79,17 +82,20 @@ class Parts:
 
     Attributes:
         batches: the training data.
-        loss: (batch, step, number of the batch in the step) -> mean loss over the rows of the batch, a scalar.
+        inputs: (batch, step, number of the batch in the step) -> what `loss` takes; None for what this batch has not.
+        loss: what `inputs` returned -> mean loss over the rows of the batch, a scalar.
         optimizer: of the adapter's parameters.
         schedule: `step_update(n)` sets the learning rates of the step after n steps.
         device, autocast: where, and in which dtype (None: the weights' own).
         measure: returns the metrics of the adapted model; None without eval data.
         after_step: called with the number of each step that is done, with the averages in place, if there are any.
         rows: what a row is called, in the plural.
+        graphs: run `loss` and its backward pass as CUDA graphs: see `GraphedLoss` for what it may do then.
     """
 
     batches: Batches
-    loss: Callable[[Any, int, int], Tensor]
+    inputs: Callable[[Any, int, int], Mapping[str, Tensor | None]]
+    loss: Callable[[Mapping[str, Tensor | None]], Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Any
     device: torch.device
@@ -97,6 +103,7 @@ class Parts:
     measure: Callable[[], dict[str, float]] | None = None
     after_step: Callable[[int], None] | None = None
     rows: str = "rows"
+    graphs: bool = False
 
 
 class TrainingLoop:
@@ -124,10 +131,12 @@ class TrainingLoop:
         self.per_epoch = math.ceil(len(parts.batches) / self.per_step)
         self.total = total_steps(self.training, self.per_epoch)
         self.optimizer: Any = self.accelerator.prepare_optimizer(parts.optimizer, device_placement=False)
+        self.graphed = GraphedLoss(self._counted_loss, self.trained) if parts.graphs else None
         self.ema = AdapterEma(adapter.model, self.training.ema, warmup=True) if self.training.ema else None
         self.losses: list[float] = []
         self.steps = Steps(run, parts.device, Rates(parts.rows))
         self._epoch: tuple[int, list[list[Any]]] = -1, []
+        self._statistics: list[Tensor] = []
 
     def averaged(self) -> AbstractContextManager[Any]:
         """Within this context the adapter has the values that are measured and saved: the averages, if there are any."""
@@ -147,7 +156,7 @@ class TrainingLoop:
         same_values(self.accelerator, self.trained)
         memory = PeakMemory(self.parts.device)
         self.steps.begin(first, self.total)
-        self.adapter.model.train()
+        self._statistics = _running_statistics(self.adapter.model.train())
         mine = (keys for step in range(first + 1, self.total + 1) for _, keys in self._mine(step))
         loader = self.parts.batches.read(mine)
         for step in range(first + 1, self.total + 1):
@@ -171,13 +180,12 @@ class TrainingLoop:
         """Take one step; return the norm of its gradient before clipping."""
         self.parts.schedule.step_update(step - 1)
         self.optimizer.zero_grad()
-        statistics = _running_statistics(self.adapter.model)
-        before = [value.clone() for value in statistics]
+        before = [value.clone() for value in self._statistics]
         self.losses.append(self._backward(loader, step))
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         scaled = self.accelerator.scaler is not None  # it looks at the gradients itself, and skips
-        taken = scaled or self.guard.passes(self.trained, step, statistics)
+        taken = scaled or self.guard.passes(self.trained, step, self._statistics, norm)
         if taken:
             if self.training.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.trained, self.training.max_grad_norm, norm)
@@ -188,7 +196,7 @@ class TrainingLoop:
         if taken and self.ema is not None:
             self.ema.update(self.adapter.model, step)
         if not taken:  # a step that is skipped leaves nothing behind
-            for value, old in zip(statistics, before, strict=True):
+            for value, old in zip(self._statistics, before, strict=True):
                 value.copy_(old)
         return float(norm)
 
@@ -200,14 +208,31 @@ class TrainingLoop:
             batch = next(loader)
             self._seed(step, number)
             with self.accelerator.autocast():
-                loss = self.parts.loss(batch, step, number)
+                inputs = self.parts.inputs(batch, step, number)
             # Not the mean of the batches' means: the last batch of an epoch may be short.
-            loss = loss * (len(keys) / rows)
-            self.accelerator.backward(loss)
-            total += loss.detach().to(total.device)
+            total += self._add_gradients(inputs, len(keys) / rows).to(total.device)
         self.steps.rates.add(**{self.parts.rows: rows})
         sum_gradients(self.accelerator, self.trained)
         return float(torch.as_tensor(self.accelerator.reduce(total, reduction="sum")))
+
+    def _add_gradients(self, inputs: Mapping[str, Tensor | None], share: float) -> Tensor:
+        """Add the gradient of a batch's loss times `share`; return that () without a graph."""
+        if self.graphed is None:
+            with self.accelerator.autocast():
+                loss = self.parts.loss(inputs) * share
+            self.accelerator.backward(loss)
+            return loss.detach()
+        counts = torch.tensor(share, device=self.parts.device)
+        scaler = self.accelerator.scaler
+        factor = counts if scaler is None else torch.as_tensor(scaler.scale(counts))
+        return self.graphed({**inputs, _FACTOR: factor}) / factor * counts
+
+    def _counted_loss(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        """Return a batch's loss times what it counts, which is among the inputs."""
+        with self.accelerator.autocast():
+            loss, factor = self.parts.loss(inputs), inputs[_FACTOR]
+        assert factor is not None
+        return loss * factor
 
     def _seed(self, step: int, number: int) -> None:
         """Seed PyTorch's generators for one batch: what was drawn before does not matter, nor which process it is."""

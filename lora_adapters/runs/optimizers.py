@@ -73,7 +73,9 @@ def make_optimizer(
     try:
         # Prodigy prints a line on stdout, which belongs to the command's own output.
         with contextlib.redirect_stdout(sys.stderr):
-            return cls(given, **{"lr": training.learning_rate, **_decay(cls, training), **options})
+            return cls(
+                given, **{"lr": training.learning_rate, **_decay(cls, training), **_fused(cls, given), **options}
+            )
     except (TypeError, ValueError) as error:
         raise RequestError(f"training.optimizer_options: {name} does not take them: {error}") from error
 
@@ -100,6 +102,13 @@ def _class_of(name: str) -> Any:
         f"training.optimizer: there is no {name!r}. {hint}Take {', '.join(_PACKAGES)}, or a class of torch.optim: "
         f"{', '.join(known)}."
     )
+
+
+def _fused(cls: Any, given: Sequence[Any]) -> dict[str, bool]:
+    """Return the argument for AdamW's one kernel for many tensors on a GPU: an adapter is many small ones."""
+    listed = [one["params"] if isinstance(one, Mapping) else [one] for one in given]
+    devices = {parameter.device.type for parameters in listed for parameter in parameters}
+    return {"fused": True} if cls in (torch.optim.AdamW, torch.optim.Adam) and devices == {"cuda"} else {}
 
 
 def _decay(cls: Any, training: TrainingSection) -> dict[str, float]:

@@ -188,6 +188,9 @@ class DreamBoothTraining(TrainingSection):
     """How the learning rate falls after the warm-up."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
     """Below 1 a share of all steps, else a number of steps."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Record each shape's forward and backward pass as a CUDA graph, which takes the waiting for Python out of a step.
+    auto: on a CUDA device, unless text encoders are trained, or dropout goes with gradient_checkpointing."""
     ema: Share = 0.0
     """Decay of a moving average of the adapter, which is what is sampled, measured and saved; 0 is none."""
 

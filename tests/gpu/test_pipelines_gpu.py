@@ -1,5 +1,6 @@
 """Pipelines on CUDA: training in mixed precision on dense and 4-bit bases, fusing, offloading, compiled swaps, memory."""
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -22,7 +23,11 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch):
+    """Without TF32, and without cuDNN's attention, whose backward pass gives NaN (pytorch/pytorch#196678)."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def picture(tiny, pipe):
@@ -71,7 +76,7 @@ def test_train_fuse_save_load(tiny, kind, quantized, dtype, tmp_path):
     optimizer = torch.optim.AdamW(parameters, lr=3e-2)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0, enabled=dtype == torch.float16)
     goal, losses = None, []
-    for _ in range(5):
+    for _ in range(8):
         with torch.autocast(DEVICE, dtype):
             found = tiny.predict(lora.pipe).float()
         goal = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) if goal is None else goal
@@ -163,7 +168,10 @@ def test_offloaded(tiny, kind, way, tmp_path):
 
 def test_four_bits_offloaded_by_model(tiny, tmp_path):
     """Packed weights, of convolutions too, move to the GPU and back with their model."""
-    tiny.trained("sd", targets={"attention": 4, "conv": 2}, components=["unet"]).save(tmp_path)
+    made = LoraPipeline(tiny.build("sd"))
+    made.attach(targets={"attention": 4, "conv": 2})
+    tiny.fill(made.denoiser)
+    made.save(tmp_path)
     plain, lora = build(tiny, "sd", quantized=True), build(tiny, "sd", quantized=True)
     lora.pipe.enable_model_cpu_offload()
     for it in (plain, lora):
@@ -234,6 +242,7 @@ def test_loading_and_deleting_takes_no_memory(tiny, tmp_path):
         lora.load(tmp_path)
         picture(tiny, lora.pipe)
         lora.delete("default")
+        gc.collect()
         torch.cuda.synchronize()
         taken.append(torch.cuda.memory_allocated())
     assert len(set(taken[1:])) == 1, taken

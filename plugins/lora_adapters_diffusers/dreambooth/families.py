@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -131,11 +133,18 @@ class Flux(Family):
             pooled_projections=text["pooled"],
             encoder_hidden_states=text["embeds"],
             txt_ids=torch.zeros(text["embeds"].shape[1], 3, **place),
-            img_ids=self.pipe._prepare_latent_image_ids(rows, height // 2, width // 2, **place),
+            img_ids=_image_ids(height // 2, width // 2, **place),
             return_dict=False,
         )[0]
         scale = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(made, height * scale, width * scale, scale)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Return a context without cuDNN's attention, which torch prefers on Hopper. On an H200 with torch 2.11 its backward
+        pass for this transformer ends in an illegal memory access at real sizes and gives NaN at tiny ones, without any
+        adapter; with torch's other kernels it does not, nor does that of SD3 or SD (compare pytorch/pytorch#196678).
+        """
+        return _without_cudnn_attention()
 
     def _check(self) -> None:
         made = self.config.out_channels
@@ -175,6 +184,24 @@ def _family_class(pipe: Any) -> type[Family] | None:
     if isinstance(unet, diffusers.UNet2DConditionModel):
         return {None: StableDiffusion, "text_time": StableDiffusionXL}.get(unet.config.addition_embed_type)
     return None
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def _image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return what the pipeline's `_prepare_latent_image_ids` makes, (height * width, 3), made on the device itself: a copy
+    from the CPU can't be recorded as a CUDA graph.
+    """
+    axes = [torch.arange(length, device=device, dtype=dtype) for length in (1, height, width)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
 
 def _longest(pipe: Any, tokenizer: str) -> int:

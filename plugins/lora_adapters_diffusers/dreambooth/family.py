@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -165,6 +165,10 @@ class Family:
 
     def _predict(self, latents: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         return self.denoiser(latents, timesteps, encoder_hidden_states=text["embeds"], return_dict=False)[0]
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Return a context in which the gradients of this denoiser's attention are right."""
+        return nullcontext()
 
     # ---- what is refused ---------------------------------------------------------------------------------------------
 

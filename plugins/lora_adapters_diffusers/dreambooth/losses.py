@@ -1,8 +1,11 @@
-"""From a batch to the loss of each of its images, in training and at fixed noise levels."""
+"""From a batch to the loss of each of its images, in training and at fixed noise levels.
+
+All that is drawn or read on the CPU comes first, in `drawn`: what follows can be recorded as a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from .family import Family
 from .noise import Numbers, posterior_noise
 from .objective import Noised, Objective
+
+#: Before the names of what the denoiser is told of the text.
+_TEXT = "text "
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,17 @@ def masks_of(examples: Sequence[Any]) -> Tensor | None:
     return None if like is None else torch.stack([torch.ones_like(like) if mask is None else mask for mask in masks])
 
 
-def losses(family: Family, objective: Objective, batch: Batch, numbers: Sequence[Numbers]) -> Tensor:
-    """Return each image's loss (B,) float32 at a drawn noise level; see `Objective.noised` for the numbers."""
-    latents = _latents(family, batch, numbers)
-    return _losses(family, objective, batch, objective.noised(latents, numbers))
+def drawn(family: Family, objective: Objective, batch: Batch, numbers: Sequence[Numbers]) -> dict[str, Tensor | None]:
+    """Return what `losses` takes: the batch at drawn noise levels; see `Objective.noised` for the numbers."""
+    return _inputs(batch, objective.noised(_latents(family, batch, numbers), numbers))
+
+
+def losses(family: Family, objective: Objective, inputs: Mapping[str, Tensor | None]) -> Tensor:
+    """Return each image's loss (B,) float32 of what `drawn` returned."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    text = {name.removeprefix(_TEXT): value for name, value in given.items() if name.startswith(_TEXT)}
+    predicted = family.predict(given["noisy"], given["timesteps"], text, given["sizes"])
+    return objective.loss(predicted, given["target"], given["weight"], inputs["mask"])
 
 
 @torch.no_grad()
@@ -69,7 +82,7 @@ def eval_losses(
         for point in range(points):
             levels = torch.full((len(latents),), (point + 0.5) / points)
             noised = objective.noised_at(latents, levels, [(*row, point) for row in numbers])
-            total += _losses(family, objective, batch, noised)
+            total += losses(family, objective, _inputs(batch, noised))
     return total / points
 
 
@@ -79,9 +92,9 @@ def _latents(family: Family, batch: Batch, numbers: Sequence[Numbers]) -> Tensor
     return family.sample(moments, posterior_noise(moments["mean"], numbers))
 
 
-def _losses(family: Family, objective: Objective, batch: Batch, noised: Noised) -> Tensor:
-    predicted = family.predict(noised.noisy, noised.timesteps, batch.text, batch.sizes)
-    return objective.loss(predicted, noised.target, noised.weight, batch.mask)
+def _inputs(batch: Batch, noised: Noised) -> dict[str, Tensor | None]:
+    text = {_TEXT + name: value for name, value in batch.text.items()}
+    return {**noised._asdict(), **text, "sizes": batch.sizes, "mask": batch.mask}
 
 
 @contextmanager

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 
 from lora_adapters.inject import planned_on_meta
 from lora_adapters.memory import StepMemory, predict_step
@@ -78,11 +81,18 @@ def latents_of(family: Family, resolution: int | None) -> tuple[int, int]:
 def set_checkpointing(model: Any) -> None:
     """Turn gradient checkpointing on, of a model of diffusers or transformers."""
     if hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing()
+        # Without dropout there is no random state to go back to, and reading one can't be recorded as a CUDA graph.
+        way = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(model))
+        model.enable_gradient_checkpointing(gradient_checkpointing_func=way)
     elif hasattr(model, "activation_checkpointing_enable"):  # what newer versions of transformers call it
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Return True if a forward in training mode draws which values to leave out."""
+    return any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules())
 
 
 def stop_checkpointing(model: Any) -> None:

@@ -116,6 +116,24 @@ class DreamBoothRunner:
         """The recipe's plan."""
         return self.plan(self.recipe.model.quantization)
 
+    @cached_property
+    def cuda_graphs(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        training, section = self.recipe.training, self.recipe.adapter
+        hindrances = {
+            f"the device is {self.device.type}": self.device.type != "cuda",
+            "text encoders, which read the prompt on the CPU, are trained (adapter.text_encoders)": bool(self.encoders),
+            "what dropout leaves out can't be drawn again by gradient_checkpointing": bool(
+                section.dropout and training.gradient_checkpointing
+            ),
+        }
+        found = [why for why, holds in hindrances.items() if holds]
+        if found and training.cuda_graphs is True:
+            raise RequestError(
+                f"training.cuda_graphs can't be true: {'; '.join(found)}. Leave it out, or set it to false."
+            )
+        return not found and training.cuda_graphs is not False
+
     def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
         """Find what is wrong with the recipe, read the images, and plan the adapter; no weight is read."""
         recipe = self.recipe
@@ -128,6 +146,7 @@ class DreamBoothRunner:
         self._read(parts)
         if "train" in parts:
             check_adapter(recipe.adapter)
+            _ = self.cuda_graphs
             check_file_can_hold(self.made_plan)
             batches_for(self, self.train_items)
             self._check_samples()
@@ -227,7 +246,8 @@ class DreamBoothRunner:
     def _fit(self, run: Run, session: Session) -> None:
         guard = GradientGuard(run)
         loop = TrainingLoop(run, session.adapters, guard, session.parts())
-        loop.fit()
+        with session.family.attention():
+            loop.fit()
         with loop.averaged():
             save_adapter(run, session.adapters, guard)
             raise_unless_finished(run, guard)

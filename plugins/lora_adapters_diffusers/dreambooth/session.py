@@ -202,6 +202,7 @@ class Session:
 
         return Parts(
             self.task,
+            self.task.inputs,
             self.task.loss,
             optimizer,
             Schedule(training, optimizer, total),
@@ -210,6 +211,7 @@ class Session:
             self.measure,
             look,
             rows="images",
+            graphs=self.runner.cuda_graphs,
         )
 
     # ---- looking -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from .batches import Batches, Example, Key
 from .caches import CachedLatents, CachedText, encode_each
 from .family import Family
-from .losses import Batch, eval_losses, losses, masks_of, sizes_of
+from .losses import Batch, drawn, eval_losses, losses, masks_of, sizes_of
 from .objective import Objective
 
 
@@ -111,15 +111,22 @@ class Task:
 
     # ---- losses ------------------------------------------------------------------------------------------------------
 
-    def loss(self, ready: Ready, step: int, number: int) -> Tensor:
-        """Return the mean loss over the images of the subject, and the weighted one over those of the class: a scalar.
+    def inputs(self, ready: Ready, step: int, number: int) -> dict[str, Tensor | None]:
+        """Return what `loss` takes: images with noise, and what each image's loss counts.
 
-        DreamBooth's objective (arXiv:2208.12242, eq. 2).
+        DreamBooth's objective (arXiv:2208.12242, eq. 2): the mean over the images of the subject, and the weighted mean
+        over those of the class.
         """
-        found = losses(self.family, self.objective, self._batch(ready), [(self.seed, *key) for key in ready.keys])
-        prior = torch.tensor([example.prior for example in ready.examples], device=found.device)
-        total = found[~prior].mean()
-        return total + self.prior_weight * found[prior].mean() if bool(prior.any()) else total
+        found = drawn(self.family, self.objective, self._batch(ready), [(self.seed, *key) for key in ready.keys])
+        prior = torch.tensor([example.prior for example in ready.examples])
+        share = torch.where(prior, self.prior_weight / max(1, int(prior.sum())), 1 / int((~prior).sum()))
+        return {**found, "share": share}
+
+    def loss(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        """Return the loss () of what `inputs` returned."""
+        found, share = losses(self.family, self.objective, inputs), inputs["share"]
+        assert share is not None
+        return (found * share.to(found)).sum()
 
     def measure(self) -> float:
         """Return the mean loss over all images at fixed noise levels."""

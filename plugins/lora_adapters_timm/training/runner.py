@@ -235,6 +235,7 @@ class ImageRunner:
         optimizer = make_optimizer(training, adapter.base)
         return Parts(
             batches,
+            self._inputs(),
             self._loss(adapter.model),
             optimizer,
             make_schedule(training, optimizer, total, per_epoch),
@@ -244,16 +245,24 @@ class ImageRunner:
             rows="images",
         )
 
-    def _loss(self, model: Any) -> Callable[[Any, int, int], Tensor]:
-        """Return the loss of a batch, of images mixed as the recipe says."""
+    def _inputs(self) -> Callable[[Any, int, int], dict[str, Tensor | None]]:
+        """Return what mixes the images of a batch as the recipe says, and puts them where the model is."""
         recipe = self.recipe
         mixing = Mixing(recipe.augmentation, recipe.training.label_smoothing, len(self.labels), recipe.training.seed)
-        forward = torch.compile(model) if recipe.training.compile else model
 
-        def loss(batch: tuple[Tensor, Tensor], step: int, number: int) -> Tensor:
+        def inputs(batch: tuple[Tensor, Tensor], step: int, number: int) -> dict[str, Tensor | None]:
             images, targets = mixing(*batch, step, number)
-            logits = forward(self._place(images)).float()
-            return F.cross_entropy(logits, targets.to(logits.device))
+            return {"images": self._place(images), "targets": targets.to(self.device)}
+
+        return inputs
+
+    def _loss(self, model: Any) -> Callable[[Mapping[str, Tensor | None]], Tensor]:
+        forward = torch.compile(model) if self.recipe.training.compile else model
+
+        def loss(inputs: Mapping[str, Tensor | None]) -> Tensor:
+            targets = inputs["targets"]
+            assert targets is not None
+            return F.cross_entropy(forward(inputs["images"]).float(), targets)
 
         return loss
 

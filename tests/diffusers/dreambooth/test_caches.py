@@ -8,7 +8,7 @@ import torch
 from lora_adapters_diffusers import LoraPipeline
 from lora_adapters_diffusers.dreambooth.caches import CachedLatents, CachedText, encode_each
 from lora_adapters_diffusers.dreambooth.families import family_of
-from lora_adapters_diffusers.dreambooth.losses import Batch, eval_losses, losses, masks_of, sizes_of
+from lora_adapters_diffusers.dreambooth.losses import Batch, drawn, eval_losses, losses, masks_of, sizes_of
 from lora_adapters_diffusers.dreambooth.objective import objective_of
 from lora_adapters_diffusers.dreambooth.put_away import PutAway
 from lora_adapters_diffusers.recipes import Diffusion
@@ -70,12 +70,12 @@ def count(monkeypatch, family):
 def test_losses_are_the_same_to_the_bit(pipes, kind, where, tmp_path):
     family = family_of(pipes[kind])
     objective = objective_of(pipes[kind], Diffusion())
-    plain = losses(family, objective, batch(family), NUMBERS)
+    plain = losses(family, objective, drawn(family, objective, batch(family), NUMBERS))
     latents, text = filled(family, tmp_path if where == "disk" else None)
     away = PutAway(pipes[kind], ["vae", *family.text_encoder_names], drop=True)
     away.put()
     try:
-        cached = losses(family, objective, batch(family, latents, text), NUMBERS)
+        cached = losses(family, objective, drawn(family, objective, batch(family, latents, text), NUMBERS))
     finally:
         away.back()
     assert plain.shape == (2,)
@@ -257,7 +257,8 @@ def test_a_masked_image_counts_less(pipes):
     family, objective = family_of(pipes["sd"]), objective_of(pipes["sd"], Diffusion())
     masked = batch(family)
     whole = Batch(masked.moments, masked.text, masked.sizes)
-    ratio = losses(family, objective, masked, NUMBERS) / losses(family, objective, whole, NUMBERS)
+    some, all_ = (losses(family, objective, drawn(family, objective, b, NUMBERS)) for b in (masked, whole))
+    ratio = some / all_
     torch.testing.assert_close(ratio, torch.tensor([1.0, 0.25]))  # the first has no mask, the second counts a quarter
     assert masks_of(EXAMPLES[:1]) is None
 
@@ -305,7 +306,8 @@ def test_gradients_flow_to_adapters_alone(tiny):
     adapter = lora.attach(rank=2)["transformer"]
     tiny.fill(lora.denoiser)
     family = family_of(pipe)
-    losses(family, objective_of(pipe, Diffusion()), batch(family), NUMBERS).sum().backward()
+    objective = objective_of(pipe, Diffusion())
+    losses(family, objective, drawn(family, objective, batch(family), NUMBERS)).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
     trained = {id(p) for p in adapter.parameters()}
     rest = [p for part in (pipe.transformer, pipe.vae, pipe.text_encoder) for p in part.parameters()]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lora_adapters_diffusers import LoraPipeline
 from lora_adapters_diffusers.dreambooth.in_memory import recipe_from
+from lora_adapters_diffusers.dreambooth.task import Task
 
 from lora_adapters.errors import RequestError
 from lora_adapters.recipes.reading import read_recipe
@@ -103,6 +104,7 @@ def test_all_that_is_raised_leaves_the_pipeline_as_it_was():
         {"blocks": {"nowhere": 2}},
         {"init": "pissa"},
         {"compile": "yes"},
+        {"cuda_graphs": True},  # there is no CUDA device
     ):
         with pytest.raises((RequestError, TypeError)):
             teach(lora, **wrong)
@@ -163,3 +165,17 @@ def test_the_scheduler_that_the_objective_needs():
     assert pipe.scheduler.config.rescale_betas_zero_snr
     assert any("DDIMScheduler.from_config" in note for note in result.facts.notes)
     image(pipe)
+
+
+@pytest.mark.parametrize(("kind", "there"), [("sd", True), ("flux", False)])
+def test_flux_trains_without_cudnns_attention(kind, there, monkeypatch):
+    seen, loss = [], Task.loss
+
+    def noting(self, inputs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return loss(self, inputs)
+
+    monkeypatch.setattr(Task, "loss", noting)
+    teach(LoraPipeline(build(kind)))
+    assert seen == [there, there]
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -141,8 +141,9 @@ def test_a_compiled_denoiser_learns_the_same(run, monkeypatch):
         torch.testing.assert_close(tensors(folder)[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_checkpointing_changes_no_gradient(run):
-    text = {"text_encoders": True, "text_rank": 3}
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_changes_no_gradient(run, dropout):
+    text = {"text_encoders": True, "text_rank": 3, "dropout": dropout}
     _, plain = run("plain", adapter=text)
     _, saved = run("saved", adapter=text, training={"gradient_checkpointing": True})
     first, second = tensors(plain), tensors(saved)
