@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .merged_checkpoint import merge_checkpoint as merge_checkpoint
     from .optimization import optimize as optimize
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _LAZY = {
     "Adapter": "adapter",
