@@ -519,12 +519,12 @@ def test_a_model_goes_with_its_last_reference():
 
 
 def test_base_values_are_counted_as_values_in_4_bits_too():
-    def net():
+    def small():
         return nn.Sequential(nn.Conv2d(3, 17, 3), nn.Conv2d(17, 9, 3), nn.Flatten(), nn.Linear(9, 65))
 
-    expected = sum(parameter.numel() for parameter in net().parameters())
-    assert la.plan(net(), rank=2, targets=["1", "3"]).total_parameters == expected
-    model = net()
+    expected = sum(parameter.numel() for parameter in small().parameters())
+    assert la.plan(small(), rank=2, targets=["1", "3"]).total_parameters == expected
+    model = small()
     adapter = la.attach(model, rank=2, targets=["1", "3"], quantization="nf4")
     assert adapter.plan.total_parameters == expected
     adapter.detach()
