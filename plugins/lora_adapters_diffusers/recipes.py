@@ -54,6 +54,10 @@ class PipelineAdapter(AdapterSection):
     """What to adapt in them."""
     modules_to_save: None = None
     """Files of adapters have no place for modules that are trained whole."""
+    norm: Literal["eval"] = "eval"
+    """These models have no BatchNorm."""
+    liger: Literal[False] = False
+    """Liger has no kernels for these models."""
 
 
 class SubjectData(Section):
