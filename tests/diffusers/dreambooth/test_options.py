@@ -101,11 +101,26 @@ def test_how_layers_begin_and_compute():
 
 
 @pytest.mark.parametrize(
-    "option", [{"norm": "train"}, {"norm": "affine"}, {"liger": True}, {"liger": "auto"}, {"modules_to_save": ["x"]}]
+    ("options", "message"),
+    [
+        ({"norm": "affine"}, "adapter.norm: 'affine' is none of eval"),
+        ({"liger": True}, "adapter.liger"),
+        ({"liger": "auto"}, "adapter.liger"),
+        ({"modules_to_save": ["x"]}, "adapter.modules_to_save"),
+        ({"text_rank": 4}, "no effect without text_encoders"),
+        ({"text_targets": "mlp"}, "no effect without text_encoders"),
+        ({"text_learning_rate": 1e-4}, "no effect without adapter.text_encoders"),
+        ({"mask_floor": 0.5}, "no effect without masks"),
+        ({"max_aspect": 3.0, "buckets": False}, "no effect without buckets"),
+        ({"keep_tags": 3}, "no effect without shuffle_tags or tag_dropout"),
+        ({"crop": "random", "data": {"cache_latents": "disk"}}, "encodes each image once"),
+        ({"shuffle_tags": True, "data": {"cache_text": "disk"}}, "encodes each caption once, and its tags change"),
+        ({"text_encoders": True, "data": {"cache_text": "disk"}}, "encodes each caption once, and text encoders"),
+    ],
 )
-def test_what_these_models_have_not_is_refused(option):
-    with pytest.raises(RequestError, match=f"adapter.{next(iter(option))}"):
-        runner_of(**option)
+def test_what_would_have_no_effect_is_refused(options, message):
+    with pytest.raises(RequestError, match=message):
+        runner_of(**options)
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------

@@ -259,6 +259,7 @@ def test_what_is_said_without_eval_images(run):
         ({"adapter": {"blocks": {"mid_block": 0, "down_blocks": 0, "up_blocks": 0}}}, "nothing is left to adapt"),
         ({"model": {"quantization": {"vae": "nf4"}}}, "no part 'vae' that can be quantized"),
         ({"model": {"config": "x"}}, "model.config: it is for a single file"),
+        ({"model": {"device": "cuda:99"}}, "no such device here"),
         ({"data": {"resolution": 8, "bucket_step": 64}}, "less than one step"),
         ({"samples": {"count": 1, "height": 17}}, "multiples of 2"),
         ({"training": {"optimizer": "sgd", "optimizer_options": {"betas": 1}}}, "sgd does not take them"),
