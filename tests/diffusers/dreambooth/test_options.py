@@ -264,6 +264,19 @@ def test_the_loss_of_dreambooth():
             )
 
 
+def test_order_and_noise_follow_from_the_seed():
+    orders, noise = [], []
+    for seed in (0, 1):
+        runner = runner_of(training={"seed": seed})
+        runner.check()
+        batches = batches_for(runner, runner.train_items)
+        task = task_for(runner, runner.family, batches, trained=False)
+        orders.append([batches.keys(epoch) for epoch in range(5)])
+        noise.append(task.inputs(next(task.read([[(0, 0)]])), 1, 0)["noisy"])
+    assert orders[0] != orders[1]
+    assert not torch.equal(*noise)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +331,7 @@ def test_times_and_rates(tmp_path):
         warmup=2,
         log_every=2,
         eval_every=3,
-        save_every=2,
+        save_every=3,
         keep_checkpoints=2,
         report_to=["tensorboard"],
         output=tmp_path / "run",
@@ -331,7 +344,7 @@ def test_times_and_rates(tmp_path):
     )
     assert [row["step"] for row in rows if "eval_loss" in row] == [3]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        "checkpoint-4",
+        "checkpoint-3",
         "checkpoint-5",
     ]
     assert list((tmp_path / "run" / "logs").rglob("events.out.*"))
