@@ -31,7 +31,7 @@ def parameter_groups(
     Args:
         models: name -> model; what requires a gradient in it is trained.
         rates: name -> learning rate.
-        lora_plus: ratio of the learning rate of B to that of all else (LoRA+, arXiv:2402.12354, section 4); None is 1.
+        lora_plus: ratio of the learning rate of B to that of all else (LoRA+, arXiv:2402.12354); None is 1.
     """
     groups = []
     for name, model in models.items():

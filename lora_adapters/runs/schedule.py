@@ -31,7 +31,10 @@ def save_every(training: TrainingSection, total: int) -> int:
 
 
 def learning_rate_share(training: TrainingSection, step: int, total: int) -> float:
-    """Return the share (0 to 1) of `training.learning_rate` that the step after `step` of `total` steps takes."""
+    """Return the share (0 to 1) of `training.learning_rate` that the step after `step` of `total` steps takes.
+
+    It grows evenly while warming up; "cosine" is that of SGDR without restarts (arXiv:1608.03983, eq. 5).
+    """
     warmup = math.ceil(total * training.warmup) if training.warmup < 1 else int(training.warmup)
     if step < warmup:
         return step / warmup

@@ -54,6 +54,16 @@ class PipelineAdapter(AdapterSection):
     """What to adapt in them."""
     modules_to_save: None = None
     """Files of adapters have no place for modules that are trained whole."""
+    norm: Literal["eval"] = "eval"
+    """These models have no BatchNorm."""
+    liger: Literal[False] = False
+    """Liger has no kernels for these models."""
+
+    @model_validator(mode="after")
+    def _text_options_have_encoders(self):
+        if not self.text_encoders and (self.text_rank is not None or self.text_targets != "attention"):
+            raise ValueError("text_rank and text_targets have no effect without text_encoders: give both or neither")
+        return self
 
 
 class SubjectData(Section):
@@ -105,7 +115,7 @@ class SubjectData(Section):
     cache_text: Cache = "memory"
     """Encode each caption once and put the text encoders away; not where they are trained or tags are shuffled."""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that read images; 0 reads in the training process. The images are the same."""
+    """Processes that read images where latents are not cached; 0 reads in the training process. The images are the same."""
 
     @model_validator(mode="after")
     def _agrees(self):
@@ -115,6 +125,12 @@ class SubjectData(Section):
             raise ValueError(
                 'give prompt, such as "a photo of sks dog", or captions=files with a caption beside each image'
             )
+        if self.mask_floor and self.masks is None:
+            raise ValueError("mask_floor has no effect without masks: give both or neither")
+        if self.max_aspect != 2.0 and not self.buckets:
+            raise ValueError("max_aspect has no effect without buckets: leave it out")
+        if self.keep_tags != 1 and not (self.shuffle_tags or self.tag_dropout):
+            raise ValueError("keep_tags has no effect without shuffle_tags or tag_dropout: leave it out")
         return self
 
 
@@ -237,6 +253,14 @@ class DreamBoothRecipe(Recipe):
     """How to train."""
     samples: Samples = Samples()
     """Images made while training."""
+
+    @model_validator(mode="after")
+    def _text_rate_has_encoders(self):
+        if self.training.text_learning_rate is not None and not self.adapter.text_encoders:
+            raise ValueError(
+                "training.text_learning_rate has no effect without adapter.text_encoders: give both or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _caches_can_hold(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def denoiser_arguments(section: PipelineAdapter, denoiser: nn.Module) -> dict[st
         used.update(around)
         rank = section.blocks[max(around, key=len)] if around else layer.rank
         if rank:
-            exact[layer.name] = (rank, layer.alpha * rank / layer.rank)
+            exact[layer.name] = (rank, layer.alpha * _scale_kept(section, rank, layer.rank))
     if unknown := [name for name in section.blocks if name not in used]:
         raise RequestError(
             f"adapter.blocks: no layer to adapt lies in {unknown[0]!r}. Blocks are the beginnings of their names, such as "
@@ -131,11 +132,18 @@ def encoder_arguments(section: PipelineAdapter) -> dict[str, Any]:
     """Return what `attach` takes for a text encoder: the recipe's section with its own rank, the same scale, and targets."""
     given = _plain(section)
     rank = section.text_rank or section.rank
-    if section.alpha is not None:
-        given["alpha"] = section.alpha * rank / section.rank
+    if rank != section.rank:
+        given["alpha"] = (section.alpha or section.rank) * _scale_kept(section, rank, section.rank)
     for name in ("layers", "exclude"):  # names and numbers of the denoiser
         given.pop(name, None)
     return {**given, "rank": rank, "targets": section.text_targets}
+
+
+def _scale_kept(section: PipelineAdapter, rank: int, instead_of: int) -> float:
+    """Return by what alpha grows with the rank so that the scale stays: alpha / rank, or alpha / sqrt(rank) with rsLoRA
+    (arXiv:2312.03732).
+    """
+    return math.sqrt(rank / instead_of) if section.rslora else rank / instead_of
 
 
 def check_file_can_hold(plan: AttachPlan) -> None:

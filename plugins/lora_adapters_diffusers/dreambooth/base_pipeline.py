@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def skeleton(section: PipelineModel) -> Any:
     for name, entry in index.items():
         cls = _model_class(entry)
         if cls is not None:
-            models[name] = _on_meta(cls, folder / name, _dtype(section) or torch.float32)
+            models[name] = _on_meta(cls, folder / name, _dtype(section, folder) or torch.float32)
     with _of_the_recipe():
         return diffusers.DiffusionPipeline.from_pretrained(folder, **models, local_files_only=True)
 
@@ -61,16 +62,18 @@ def load(section: PipelineModel, quantization: Any = None) -> Any:
     Raises:
         RequestError: there is no such pipeline, or it can't be read.
     """
+    import diffusers
+
+    path, folder = Path(section.name).expanduser(), _folder_of_configs(section)
     options: dict[str, Any] = {"revision": section.revision, "variant": section.variant, "config": section.config}
-    options["dtype"] = _dtype(section)
-    if Path(section.name).is_file():
-        del options["variant"]
+    options = {key: value for key, value in options.items() if value is not None}
     with _of_the_recipe():
-        return loading.load_pipeline(
-            section.name,
-            quantization=quantization or None,
-            **{key: value for key, value in options.items() if value is not None},
-        )
+        if not path.exists():  # its files, by which their dtype can be told, come before it is built
+            folder = Path(diffusers.DiffusionPipeline.download(section.name, **options))
+        if (dtype := _dtype(section, folder)) is not None:
+            options["dtype"] = dtype
+        name = str(path) if path.exists() else section.name
+        return loading.load_pipeline(name, quantization=quantization or None, **options)
 
 
 def quantization_of(quantization: Any, denoiser: str, encoders: list[str]) -> dict[str, Any]:
@@ -94,7 +97,13 @@ def quantization_of(quantization: Any, denoiser: str, encoders: list[str]) -> di
 
 def _folder_of_configs(section: PipelineModel) -> Path | None:
     path = Path(section.name).expanduser()
+    if section.revision is not None and path.exists():
+        raise RequestError(f"model.revision: it is for a name on the Hub, and {path} is here: leave it out.")
     if path.is_file():
+        if section.variant is not None:
+            raise RequestError(
+                "model.variant: it is for a folder or a name on the Hub; a single file is one: leave it out."
+            )
         return None if section.config is None else Path(section.config)
     if section.config is not None:
         raise RequestError("model.config: it is for a single file, and model.name is none: leave it out.")
@@ -149,24 +158,29 @@ def _on_meta(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
         torch.set_default_dtype(usual)
 
 
-def _dtype(section: PipelineModel) -> torch.dtype | None:
-    return _stored_dtype(section) if section.dtype == "auto" else getattr(torch, section.dtype)
+def _dtype(section: PipelineModel, folder: Path | None) -> torch.dtype | None:
+    return _stored_dtype(section, folder) if section.dtype == "auto" else getattr(torch, section.dtype)
 
 
-def _stored_dtype(section: PipelineModel) -> torch.dtype | None:
-    """Return the dtype of the denoiser's stored weights, which diffusers would widen; None if it can't be told."""
-    path = Path(section.name).expanduser()
-    ending = f".{section.variant}.safetensors" if section.variant else ".safetensors"
-    files = (
-        [path]
-        if path.is_file()
-        else [p for d in ("unet", "transformer") for p in sorted((path / d).glob(f"*{ending}"))]
-    )
+def _stored_dtype(section: PipelineModel, folder: Path | None) -> torch.dtype | None:
+    """Return the dtype of the denoiser's stored weights, which diffusers would widen; None where they are not here."""
+    file = Path(section.name).expanduser()
+    if file.is_file():
+        files = [file]
+    else:
+        there = [path for part in ("unet", "transformer") for path in sorted((folder or file).glob(f"{part}/*"))]
+        files = [path for path in there if _variant_of(path) == section.variant]
     for file in files:
         if file.suffix == ".safetensors":
             found = [_DTYPES[info.dtype] for info in read_header(file).tensors.values() if info.dtype in _DTYPES]
             return max(set(found), key=found.count) if found else None
     return None
+
+
+def _variant_of(file: Path) -> str | None:
+    """Return "fp16" of x.fp16.safetensors, and of one of several: x.fp16-00001-of-00002, or older x-00001-of-00002.fp16."""
+    name = re.sub(r"-\d+-of-\d+", "", file.stem)
+    return name.partition(".")[2] or None
 
 
 @contextmanager

@@ -114,7 +114,8 @@ class Objective:
 
 
 class ScheduleObjective(Objective):
-    """Of models with a noise schedule: epsilon (arXiv:2006.11239), v (arXiv:2202.00512, appendix D) or the sample.
+    """Of models with a noise schedule: x = alpha image + sigma noise (arXiv:2006.11239, eq. 4). They predict epsilon, which
+    is the noise (eq. 14), v = alpha noise - sigma image (arXiv:2202.00512, section 4) or the sample, which is the image.
 
     Attributes:
         schedule: a DDPMScheduler with the schedule that is trained on.
@@ -155,7 +156,9 @@ class ScheduleObjective(Objective):
 
 
 class FlowObjective(Objective):
-    """Of models of flow matching (arXiv:2210.02747): x = (1 - t) image + t noise, and the target is noise - image."""
+    """Of models of flow matching (arXiv:2210.02747) on straight paths (rectified flow, arXiv:2209.03003): x = (1 - t) image
+    + t noise (arXiv:2403.03206, eq. 13), and the target is the path's derivative, noise - image.
+    """
 
     def __init__(
         self, diffusion: Diffusion, density: str, steps: int, shift: Callable[[Tensor, Tensor], Tensor]

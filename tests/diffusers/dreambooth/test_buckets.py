@@ -179,8 +179,16 @@ def test_without_buckets_all_are_square():
     assert set(batches().counts) == {(64, 64), (48, 80), (80, 48)}
     assert batches(buckets=False).counts == {(64, 64): 10}
     assert batches(buckets=False, resolution=32).counts == {(32, 32): 10}
+    assert set(batches(bucket_step=8).counts) == {(64, 64), (48, 80), (80, 48)}
+    assert batches(bucket_step=32).counts == {(64, 64): 10}, "no other shape has sides of whole steps"
     with pytest.raises(RequestError, match="no images to train on"):
         batches([])
+
+
+def test_a_random_crop_is_another_each_time():
+    corners = [{batches(buckets=False, crop=c).view((e, 5)).crop for e in range(9)} for c in ("center", "random")]
+    assert corners[0] == {(0, 21)}
+    assert len(corners[1]) > 3
 
 
 def test_images_of_which_little_would_be_left_are_a_warning():

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from lora_adapters_diffusers import LoraPipeline
+from lora_adapters_diffusers.dreambooth import task
+from lora_adapters_diffusers.dreambooth.family import Family
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -80,12 +82,37 @@ def same(one, other):
 
 def test_caches_and_reading_processes_change_nothing(run, monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_ADAPTERS_CACHE", str(tmp_path / "cache"))
+    images, captions, workers = noted(monkeypatch)
     _, plain = run("plain", data={"cache_latents": None, "cache_text": None, "flip": 0.5})
     assert not (tmp_path / "cache").exists()
+    assert (len(images), set(workers)) == (3 + 3 + 3, {0}), "before, in two steps, after"
     for name, cache in (("memory", "memory"), ("disk", "disk")):
+        images.clear(), captions.clear()
         assert same(plain, run(name, data={"cache_latents": cache, "cache_text": cache, "flip": 0.5})[1])
+        assert len(images) <= 6, "once to train on and once to measure on"
+        assert captions == ["a sks cat"]
     assert len(list((tmp_path / "cache" / "latents").iterdir())) >= 3
     assert same(plain, run("workers", data={"cache_latents": None, "cache_text": None, "flip": 0.5, "workers": 2})[1])
+    assert set(workers) == {0, 2}
+
+
+def noted(monkeypatch):
+    """Return lists that grow with each image and caption that is encoded, and with the processes of each reader."""
+    images, captions, workers = [], [], []
+    moments, encode, loader = Family.moments, Family.encode, task.DataLoader
+
+    def reader(*args, **options):
+        workers.append(options["num_workers"])
+        return loader(*args, **options)
+
+    def latents(self, pixels):
+        images.extend(image.numpy().tobytes() for image in pixels)
+        return moments(self, pixels)
+
+    monkeypatch.setattr(Family, "moments", latents)
+    monkeypatch.setattr(Family, "encode", lambda self, said: captions.extend(said) or encode(self, said))
+    monkeypatch.setattr(task, "DataLoader", reader)
+    return images, captions, workers
 
 
 def test_each_setting_changes_what_is_learned(run, place, tmp_path):
@@ -98,6 +125,8 @@ def test_each_setting_changes_what_is_learned(run, place, tmp_path):
         "prior": {"prior": {"prompt": "a cat", "images": 2, "steps": 1, "folder": str(tmp_path / "class")}},
         "lora_plus": {"training": {"lora_plus": 4.0}},
         "ema": {"training": {"ema": 0.9}},
+        "seed": {"training": {"seed": 1}},
+        "input": {"adapter": {"dropout": 0.5}},
         "radam": {"training": {"optimizer": "RAdam", "optimizer_options": {"betas": [0.5, 0.9]}}},
         "accumulated": {"training": {"gradient_accumulation": 2}},
         "bf16": {"training": {"precision": "bfloat16"}},
@@ -143,10 +172,22 @@ def test_a_compiled_denoiser_learns_the_same(run, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_checkpointing_changes_no_gradient(run, dropout):
+def test_checkpointing_changes_no_gradient(run, dropout, monkeypatch):
+    on, loss = [], task.Task.loss
+
+    def noting(self, inputs):
+        on.append(
+            (self.family.pipe.unet.is_gradient_checkpointing, self.family.pipe.text_encoder.is_gradient_checkpointing)
+        )
+        return loss(self, inputs)
+
+    monkeypatch.setattr(task.Task, "loss", noting)
     text = {"text_encoders": True, "text_rank": 3, "dropout": dropout}
     _, plain = run("plain", adapter=text)
+    assert not any(map(any, on))
+    on.clear()
     _, saved = run("saved", adapter=text, training={"gradient_checkpointing": True})
+    assert all(map(all, on))
     first, second = tensors(plain), tensors(saved)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
@@ -219,6 +260,7 @@ def test_what_is_said_without_eval_images(run):
         ({"adapter": {"blocks": {"mid_block": 0, "down_blocks": 0, "up_blocks": 0}}}, "nothing is left to adapt"),
         ({"model": {"quantization": {"vae": "nf4"}}}, "no part 'vae' that can be quantized"),
         ({"model": {"config": "x"}}, "model.config: it is for a single file"),
+        ({"model": {"device": "cuda:99"}}, "no such device here"),
         ({"data": {"resolution": 8, "bucket_step": 64}}, "less than one step"),
         ({"samples": {"count": 1, "height": 17}}, "multiples of 2"),
         ({"training": {"optimizer": "sgd", "optimizer_options": {"betas": 1}}}, "sgd does not take them"),
