@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import RequestError
 from lora_adapters_transformers.data.readers import KINDS, kind_of, read_file
 
@@ -119,7 +120,7 @@ def _saved(folder: Path, split: str, key: str) -> datasets.Dataset:
     try:
         rows = datasets.load_from_disk(str(folder))
     except Exception as e:
-        raise RequestError(f"{key}: {folder} can't be read as a saved dataset: {_first_line(e)}") from e
+        raise RequestError(f"{key}: {folder} can't be read as a saved dataset: {first_line(e)}") from e
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
             raise RequestError(f"{key}: {folder} has no split {split!r}; it has {', '.join(rows)}")
@@ -139,16 +140,11 @@ def _hub(name: str, subset: str | None, split: str, key: str) -> datasets.Datase
         near = get_close_matches(name, sorted(p.name for p in Path().iterdir()), n=1, cutoff=0.6)
         hint = f"; did you mean the file {near[0]!r}?" if near else ""
         raise RequestError(
-            f"{key}: {name!r} is no file or folder here, and no Hub dataset that can be loaded ({_first_line(e)}){hint}"
+            f"{key}: {name!r} is no file or folder here, and no Hub dataset that can be loaded ({first_line(e)}){hint}"
         ) from e
     if not isinstance(rows, datasets.Dataset):
         raise RequestError(f"{key}: {name!r} with split {split!r} is no single table: name one split")
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import lora_adapters as la
 from lora_adapters.api import skeleton
 from lora_adapters.attach_plan import AttachPlan
 from lora_adapters.device import pick_device
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.memory import StepMemory
 from lora_adapters.recipes.adapting import attach_arguments, check_start
@@ -143,8 +144,9 @@ class TextRunner(ABC):
                 model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoraAdaptersError(f"model.name: {model.name!r} has no tokenizer that loads: {first}") from error
+            raise LoraAdaptersError(
+                f"model.name: {model.name!r} has no tokenizer that loads: {first_line(error)}"
+            ) from error
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
                 raise UnsupportedError(
