@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from lora_adapters.cache_folder import cache_folder
 from lora_adapters.errors import RequestError
+from lora_adapters.modes import modes_kept
 from lora_adapters.runs import processes
 from lora_adapters.runs.checkpoints import step_of
 from lora_adapters.runs.loop import Parts
@@ -100,7 +102,8 @@ class Session:
         self.runner, self.run, self.lora = runner, run, lora
         self.recipe, self.family = runner.recipe, runner.family_of(lora.pipe)
         self.scheduler = lora.pipe.scheduler
-        self._modes = [(module, module.training) for module in self._models().modules()]
+        self._modes = ExitStack()
+        self._modes.enter_context(modes_kept(*self._models()))
         self._compiled: nn.Module | None = None
         self.away = PutAway(lora.pipe, self._not_needed())
         class_ = self._class_images()
@@ -111,9 +114,8 @@ class Session:
             self.undo()
             raise
 
-    def _models(self) -> nn.ModuleDict:
-        pipe = self.lora.pipe
-        return nn.ModuleDict({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
+    def _models(self) -> list[nn.Module]:
+        return [part for part in self.lora.pipe.components.values() if isinstance(part, nn.Module)]
 
     def _not_needed(self) -> list[str]:
         data = self.recipe.data
@@ -262,8 +264,7 @@ class Session:
         if self.recipe.training.gradient_checkpointing:
             for handle in self.adapters.handles.values():
                 stop_checkpointing(handle.base)
-        for module, training in self._modes:
-            module.training = training
+        self._modes.close()
 
     def undo(self) -> None:
         """Leave the pipeline as it was."""

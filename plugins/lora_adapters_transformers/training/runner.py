@@ -22,6 +22,7 @@ from lora_adapters.attach_plan import AttachPlan
 from lora_adapters.error_text import first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.memory import StepMemory
+from lora_adapters.modes import modes_kept
 from lora_adapters.recipes.adapting import attach_arguments, check_start
 from lora_adapters.report.facts import Sample
 from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
@@ -55,10 +56,9 @@ class Measuring:
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Return the task's metrics of the model as it is now."""
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().metrics.items()}
-        training = self.model.training
-        self.model.eval()  # TRL's trainers tell by this whose metrics they log
-        self.log(dict(metrics))
-        self.model.train(training)
+        with modes_kept(self.model):
+            self.model.eval()  # TRL's trainers tell by this whose metrics they log
+            self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
