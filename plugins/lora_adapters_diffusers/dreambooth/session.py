@@ -19,7 +19,7 @@ from lora_adapters.runs.loop import Parts
 from lora_adapters.runs.measuring import evaluating
 from lora_adapters.runs.optimizers import Schedule
 from lora_adapters.runs.random_state import seed_all
-from lora_adapters.runs.schedule import total_steps
+from lora_adapters.runs.schedule import steps_of, total_steps
 
 from .adapters import Adapters
 from .batches import Batches, unchanging
@@ -185,7 +185,7 @@ class Session:
 
     def _epochs(self, batches: int) -> int:
         training = self.recipe.training
-        per_epoch = math.ceil(batches / (training.gradient_accumulation * processes.count()))
+        per_epoch = steps_of(training, batches, processes.count())
         return math.ceil(total_steps(training, per_epoch) / per_epoch)
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -194,12 +194,10 @@ class Session:
         """Return what the loop works with."""
         training = self.recipe.training
         optimizer = self.runner.optimizer({name: handle.base for name, handle in self.adapters.handles.items()})
-        per_epoch = math.ceil(len(self.task) / (training.gradient_accumulation * processes.count()))
-        total = total_steps(training, per_epoch)
         every = self.recipe.samples.every
 
         def look(step: int) -> None:
-            if every is not None and step % every == 0 and step != total:
+            if every is not None and step % every == 0 and step != self.run.facts.total_steps:
                 self.sampler.record(self.run, step)
 
         return Parts(
@@ -207,7 +205,7 @@ class Session:
             self.task.inputs,
             self.task.loss,
             optimizer,
-            Schedule(training, optimizer, total),
+            lambda total, _: Schedule(training, optimizer, total),
             self.runner.device,
             self.runner.autocast,
             self.measure,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from lora_adapters.runs.random_state import seed_all
 from lora_adapters.runs.recipe_runner import RowsRunner
 from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
-from lora_adapters.runs.schedule import steps_in_all, steps_per_epoch
 
 from ..augmentation import Mixing, Prepared, evaluation_transform, training_transform
 from ..data import Images, check_count, check_labels, divide, image_mode, limited, read_images
@@ -207,14 +206,13 @@ class ImageRunner(RowsRunner):
         batches = ImageBatches(
             prepared, training.batch_size, training.seed, recipe.data.workers, pin=device.type == "cuda"
         )
-        total, per_epoch = steps_in_all(training, len(prepared)), steps_per_epoch(training, len(prepared))
         optimizer = make_optimizer(training, adapter.base)
         return Parts(
             batches,
             self._inputs(),
             self._loss(adapter.model),
             optimizer,
-            make_schedule(training, optimizer, total, per_epoch),
+            partial(make_schedule, training, optimizer),
             device,
             self.autocast,
             None if self.eval_images is None else lambda: self.measure_eval(adapter.model).metrics,
