@@ -22,6 +22,7 @@ from lora_adapters.pictures import open_image, png
 from lora_adapters.recipes.adapting import attach_arguments, check_start
 from lora_adapters.report.facts import Sample
 from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
+from lora_adapters.runs.class_measures import likeliest
 from lora_adapters.runs.gradients import GradientGuard
 from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.loop import Parts, TrainingLoop
@@ -40,8 +41,6 @@ from .batches import ImageBatches
 from .measures import measure
 from .optimization import make_optimizer, make_schedule, memory_of
 
-#: Labels that an answer names with their probabilities.
-_NAMED = 3
 _RANDOM = "The base has random weights, which come from the seed and are saved nowhere."
 
 
@@ -286,8 +285,6 @@ class ImageRunner(RowsRunner):
         for name, model in self.each(adapters, progress):
             for sample, picture in zip(found, pictures, strict=True):
                 with evaluating(model, self.autocast):
-                    logits = model(self._place(transform(picture.convert(mode))[None]))[0].float()
-                shares, indices = torch.softmax(logits, -1).topk(min(_NAMED, len(self.labels)))
-                named = zip(shares.tolist(), indices.tolist(), strict=True)
-                sample.parts.append((name, ", ".join(f"{self.labels[i]} {share:.1%}" for share, i in named)))
+                    logits = model(self._place(transform(picture.convert(mode))[None]))[0]
+                    sample.parts.append((name, likeliest(logits, self.labels)))
         return found
