@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -78,7 +78,7 @@ def make_plan(model: nn.Module, request: AttachRequest) -> AttachPlan:
         quantize={name: quantizer.name for name, quantizer in quantizers.items()},
         trained=trained,
         task_type=task_type,
-        total_parameters=sum(_numel(p) for p in _plain_parameters(base)),
+        total_parameters=_base_values(base),
         trained_parameters=count_trained(
             base, (*whole, *norms) if request.norm == "affine" else whole, request, layers
         ),
@@ -336,11 +336,14 @@ def _meta_like(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _plain_parameters(model: nn.Module) -> list[Any]:
-    return [p for name, p in model.named_parameters() if ".lora_" not in name and ".modules_to_save." not in name]
-
-
-def _numel(parameter: Any) -> int:
-    """Return the number of logical values: bitsandbytes packs two 4-bit values into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+def _base_values(model: nn.Module) -> int:
+    """Return the number of logical values of the base: weights in 4 bits are packed, two values to a byte."""
+    convolutions = {id(m.weight): m.dense_shape for m in model.modules() if isinstance(m, Conv4bit)}
+    found = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        state = getattr(parameter, "quant_state", None)  # of bitsandbytes
+        shape = convolutions.get(id(parameter), parameter.shape) if state is None else state.shape
+        found += math.prod(shape)
+    return found

@@ -516,3 +516,16 @@ def test_a_model_goes_with_its_last_reference():
     gc.collect()
     assert watched() is None
     assert copied.blocks[0][0].lora_A
+
+
+def test_base_values_are_counted_as_values_in_4_bits_too():
+    def small():
+        return nn.Sequential(nn.Conv2d(3, 17, 3), nn.Conv2d(17, 9, 3), nn.Flatten(), nn.Linear(9, 65))
+
+    expected = sum(parameter.numel() for parameter in small().parameters())
+    assert la.plan(small(), rank=2, targets=["1", "3"]).total_parameters == expected
+    model = small()
+    adapter = la.attach(model, rank=2, targets=["1", "3"], quantization="nf4")
+    assert adapter.plan.total_parameters == expected
+    adapter.detach()
+    assert la.plan(model, rank=2, targets=["1", "3"]).total_parameters == expected

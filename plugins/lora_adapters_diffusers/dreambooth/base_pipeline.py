@@ -52,8 +52,12 @@ def skeleton(section: PipelineModel) -> Any:
         return diffusers.DiffusionPipeline.from_pretrained(folder, **models, local_files_only=True)
 
 
-def load(section: PipelineModel) -> Any:
-    """Return the recipe's pipeline with its weights, on the CPU, its denoiser and text encoders dense.
+def load(section: PipelineModel, quantization: Any = None) -> Any:
+    """Return the recipe's pipeline with its weights, on the CPU.
+
+    Args:
+        section: where it is, and in which dtype.
+        quantization: what `quantization_of` returned: these layers are quantized while they are read. None: all dense.
 
     Raises:
         RequestError: there is no such pipeline, or it can't be read.
@@ -64,7 +68,9 @@ def load(section: PipelineModel) -> Any:
         del options["variant"]
     with _of_the_recipe():
         return loading.load_pipeline(
-            section.name, **{key: value for key, value in options.items() if value is not None}
+            section.name,
+            quantization=quantization or None,
+            **{key: value for key, value in options.items() if value is not None},
         )
 
 

@@ -31,7 +31,6 @@ from lora_adapters.runs.recipe_runner import RecipeRunner
 from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
 
-from .. import loading
 from ..pipeline import LoraPipeline
 from . import base_pipeline
 from .adapters import (
@@ -262,11 +261,9 @@ class DreamBoothRunner(RecipeRunner):
         """Return the base pipeline on its device, stored as the recipe says."""
         section = self.recipe.model
         progress.say(f"loading {section.name}")
-        pipe = base_pipeline.load(section)
-        family = self.family_of(pipe)
+        family = self.family
         stored = base_pipeline.quantization_of(section.quantization, family.denoiser_name, family.text_encoder_names)
-        for name, wanted in stored.items():
-            loading.quantize(getattr(pipe, name), wanted)
+        pipe = base_pipeline.load(section, stored)
         seed_all(self.recipe.training.seed)
         return pipe.to(self.device)
 

@@ -76,9 +76,11 @@ def test_it_learns_and_stays_on_the_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
-def test_other_families_with_their_text_encoders(kind):
+def test_other_families_with_their_text_encoders_and_the_class(kind, tmp_path):
     lora = LoraPipeline(build(kind))
-    result = teach(lora, text_encoders=True, text_learning_rate=1e-3)
+    prior = {"prompt": "a cat", "images": 2, "steps": 1, "folder": str(tmp_path)}
+    result = teach(lora, text_encoders=True, text_learning_rate=1e-3, prior=prior)
+    assert len(list(tmp_path.glob("*.png"))) == 2
     assert result.folder is None
     assert list(result.adapters)[1:] == ENCODERS[kind]
     assert result.facts.before != result.facts.after

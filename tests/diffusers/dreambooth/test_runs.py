@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import single_files
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -250,3 +251,16 @@ def test_commands_take_the_run(run, tmp_path):
     card = (adapter / "README.md").read_text()
     assert "pipe.load_lora_weights(adapter)" in card
     assert "library_name: diffusers" in card
+
+
+def test_a_base_in_a_single_file_is_the_one_in_a_folder(run, place, tmp_path):
+    file = tmp_path / "base.safetensors"
+    single_files.write(build("sd"), file, "sd1")
+    where = {"name": str(file), "config": str(place / "base")}
+    for stored in (None, "nf4"):
+        told = {"quantization": stored, "device": "cpu"}
+        _, expected = run(f"folder-{stored}", model={"name": str(place / "base"), **told})
+        _, found = run(f"file-{stored}", model={**where, **told})
+        assert tensors(found).keys() == tensors(expected).keys()
+        for name, tensor in tensors(expected).items():
+            torch.testing.assert_close(tensors(found)[name], tensor, rtol=1e-4, atol=1e-6)
