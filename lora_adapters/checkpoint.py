@@ -29,6 +29,7 @@ from .adapter_file import (
     inspect_adapter,
     read_adapter,
 )
+from .error_text import first_line
 from .errors import CheckpointError, MissingDependencyError, RequestError, UnsupportedError
 from .staging import remove_litter, write_files
 from .tensor_file import NAMES, check_finite, digest_of
@@ -127,7 +128,7 @@ def _download(name: str, revision: str | None, token: str | None, prefix: str) -
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
     except Exception as error:  # Its errors share no base class: HTTP, validation, cache, offline, disk.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)[:300]
         raise CheckpointError(
             f"There is no folder {name!r} here, and the Hub gave no such adapter ({reason}). Check the name and the "
             "revision; without a connection, download it first (huggingface-cli download) or give a local folder."

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .error_text import first_line
 from .errors import RequestError, UnsupportedError
 
 #: (name, shape, dtype) of each input; None for one that is left out.
@@ -138,7 +139,7 @@ class GraphedLoss:
             if not any(word in str(error) for word in ("captur", "Offset increment")):
                 raise
             raise UnsupportedError(
-                f"The loss can't be recorded as a CUDA graph ({str(error).splitlines()[0]}): it must not read values on the "
+                f"The loss can't be recorded as a CUDA graph ({first_line(error)}): it must not read values on the "
                 "CPU nor keep an earlier step's loss alive. Start again without CUDA graphs."
             ) from error
         return _Recorded(graph, own, loss)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import RequestError, StateError
+from .modes import modes_kept
 
 
 class AdapterEma:
@@ -163,13 +164,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _statistics_that_train(model: nn.Module) -> Iterator[str]:
     """Yield the names of the running statistics that a forward in training mode changes."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model):
         model.train()
         training = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     for name, module in training:
         if module.track_running_stats:
             yield from (_plain(f"{name}.{key}" if name else key) for key, _ in module.named_buffers(recurse=False))

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import RequestError, UnsupportedError
+from .modes import modes_kept
 from .simulation import Copier, Tracker, keep_masks_as_cuda, quiet, rng_untouched, stored_bytes
 
 #: Makes an optimizer for the trainable parameters, as torch.optim's classes do.
@@ -307,14 +308,12 @@ def _restored(model: nn.Module) -> Iterator[None]:
     kept = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
     values = [t.detach().to("cpu", copy=True) for t in kept]
     grads = [(p, p.grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(kept, values, strict=True):
                 tensor.copy_(value)
         for param, grad in grads:
             param.grad = grad
-        for module, training in modes:
-            module.training = training

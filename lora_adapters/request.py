@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from .error_text import did_you_mean
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def _check_names(names: Mapping[str, Any], own: set[str]) -> None:
     known = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - set(PEFT_NAMES)
     for name in names:
         if name not in known:
-            near = get_close_matches(name, sorted(known | own | set(PEFT_NAMES)), n=1)
-            raise RequestError(f"Unknown argument {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            hint = did_you_mean(name, sorted(known | own | set(PEFT_NAMES)))
+            raise RequestError(f"Unknown argument {name!r}.{hint}")
 
 
 def check_rank(value: Any, where: str = "rank") -> int:

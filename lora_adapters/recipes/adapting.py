@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import Any
 
+from ..error_text import did_you_mean
 from ..errors import RequestError
 from .sections import AdapterSection
 
@@ -38,8 +38,7 @@ def check_start(adapter: AdapterSection, quantization: Any) -> None:
             f"or take {', '.join(_STARTS)}."
         )
     if start not in _STARTS and not re.fullmatch(r"pissa_niter_[1-9]\d*", start):
-        near = get_close_matches(start, _STARTS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(start, _STARTS)
         raise RequestError(f"adapter.init: there is no {start!r}.{hint} Take {', '.join(_STARTS)}, true or false.")
     if quantization is not None and start != "gaussian":
         raise RequestError(

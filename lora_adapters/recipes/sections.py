@@ -11,6 +11,12 @@ SCHEMA = 1
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+
+#: Numbers as messages write them.
+_COUNTS = {2: "two", 3: "three"}
 
 
 class Section(BaseModel):
@@ -34,6 +40,18 @@ class ModelSection(Section):
     """"cpu", "cuda", "cuda:1", "mps"; auto takes an accelerator if there is one."""
     trust_remote_code: bool = False
     """Run code that the checkpoint brings. Only if you trust its author."""
+
+
+class DataSection(Section):
+    """What to train on, and what to measure on: `eval`, `eval_split` and `eval_fraction`, as far as a task has them."""
+
+    @model_validator(mode="after")
+    def _one_way_to_evaluate(self):
+        ways = [name for name in ("eval", "eval_split", "eval_fraction") if name in type(self).model_fields]
+        if sum(getattr(self, name) not in (None, 0) for name in ways) > 1:
+            listed = f"{', '.join(ways[:-1])} and {ways[-1]}"
+            raise ValueError(f"{listed} are {_COUNTS[len(ways)]} ways to say the same: give one")
+        return self
 
 
 class AdapterSection(Section):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from ..error_text import did_you_mean
 from ..errors import PluginError, PluginWarning, RequestError
 from .yaml_text import parse, replace
 
@@ -55,9 +55,8 @@ def starter(name: str) -> Starter:
     known = starters()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise RequestError(f"No recipe is called {name[:60]!r}. {hint}There are: {', '.join(known) or 'none'}.")
+    hint = did_you_mean(name, known, cutoff=0.5)
+    raise RequestError(f"No recipe is called {name[:60]!r}.{hint} There are: {', '.join(known) or 'none'}.")
 
 
 def data_key(task: str) -> tuple[str, str]:

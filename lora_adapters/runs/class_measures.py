@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ..report.facts import Table
 from .measuring import Measured
 
@@ -11,6 +14,8 @@ from .measuring import Measured
 _MATRIX = 30
 #: Pairs of classes that are named as the most confused ones.
 _PAIRS = 15
+#: Labels that an answer names with their probabilities.
+_NAMED = 3
 
 
 def class_measures(loss: float, wanted: Sequence[int], chosen: Sequence[int], labels: Sequence[str]) -> Measured:
@@ -44,6 +49,12 @@ def class_measures(loss: float, wanted: Sequence[int], chosen: Sequence[int], la
     elif pairs := _most_confused(confusion, labels):
         tables.append(Table("Most confused", ["true label", "taken for", "rows", "share of its rows"], pairs))
     return Measured(metrics, tables, [labels[answer] for answer in chosen])
+
+
+def likeliest(logits: Tensor, labels: Sequence[str]) -> str:
+    """Return the likeliest labels of one row with their probabilities, in words; logits (labels,)."""
+    shares, indices = torch.softmax(logits.float(), -1).topk(min(_NAMED, len(labels)))
+    return ", ".join(f"{labels[i]} {p:.1%}" for p, i in zip(shares.tolist(), indices.tolist(), strict=True))
 
 
 def _most_confused(confusion: list[list[int]], labels: Sequence[str]) -> list[list[str | int | float]]:

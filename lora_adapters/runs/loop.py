@@ -6,7 +6,6 @@ seeded anew for each batch, what dropout leaves out. All else that the next step
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from .folder import LOGS
 from .keeping import keep_checkpoint
 from .measured import PeakMemory
 from .processes import agreed, same_values, sum_gradients
-from .schedule import save_every, total_steps
+from .schedule import save_every, steps_of, total_steps
 from .showing import Rates, Steps
 
 if TYPE_CHECKING:
@@ -85,7 +84,8 @@ class Parts:
         inputs: (batch, step, number of the batch in the step) -> what `loss` takes; None for what this batch has not.
         loss: what `inputs` returned -> mean loss over the rows of the batch, a scalar.
         optimizer: of the adapter's parameters.
-        schedule: `step_update(n)` sets the learning rates of the step after n steps.
+        schedule: (steps of the run, steps of one pass over the data) -> what sets the optimizer's learning rates:
+            `step_update(n)` those of the step after n steps.
         device, autocast: where, and in which dtype (None: the weights' own).
         measure: returns the metrics of the adapted model; None without eval data.
         after_step: called with the number of each step that is done, with the averages in place, if there are any.
@@ -97,7 +97,7 @@ class Parts:
     inputs: Callable[[Any, int, int], Mapping[str, Tensor | None]]
     loss: Callable[[Mapping[str, Tensor | None]], Tensor]
     optimizer: torch.optim.Optimizer
-    schedule: Any
+    schedule: Callable[[int, int], Any]
     device: torch.device
     autocast: torch.dtype | None
     measure: Callable[[], dict[str, float]] | None = None
@@ -128,8 +128,9 @@ class TrainingLoop:
         AcceleratorState._reset_state()
         self.accelerator = self._accelerator()
         self.per_step = self.training.gradient_accumulation * self.accelerator.num_processes
-        self.per_epoch = math.ceil(len(parts.batches) / self.per_step)
+        self.per_epoch = steps_of(self.training, len(parts.batches), self.accelerator.num_processes)
         self.total = total_steps(self.training, self.per_epoch)
+        self.schedule = parts.schedule(self.total, self.per_epoch)
         self.optimizer: Any = self.accelerator.prepare_optimizer(parts.optimizer, device_placement=False)
         self.graphed = GraphedLoss(self._counted_loss, self.trained) if parts.graphs else None
         self.ema = AdapterEma(adapter.model, self.training.ema, warmup=True) if self.training.ema else None
@@ -178,7 +179,7 @@ class TrainingLoop:
 
     def _step(self, loader: Iterator[Any], step: int) -> float:
         """Take one step; return the norm of its gradient before clipping."""
-        self.parts.schedule.step_update(step - 1)
+        self.schedule.step_update(step - 1)
         self.optimizer.zero_grad()
         before = [value.clone() for value in self._statistics]
         self.losses.append(self._backward(loader, step))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..modes import modes_kept
 from ..report.facts import Sample, Table
 from .runner import Run
 
@@ -32,13 +33,10 @@ class Measured:
 def evaluating(model: Any, autocast: torch.dtype | None = None) -> Iterator[torch.device]:
     """Within this context the model is in eval mode, without gradients, in the dtype it trains in."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            yield device
-    finally:
-        model.train(training)
+    precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    with modes_kept(model), torch.no_grad(), precision:
+        model.eval()
+        yield device
 
 
 def record_before(run: Run, measured: Measured, samples: Sequence[Sample]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..error_text import did_you_mean
 from ..errors import RequestError
 from ..hooks.manager import require
 from ..recipes.sections import TrainingSection
@@ -96,10 +96,9 @@ def _class_of(name: str) -> Any:
     if found in known:
         return getattr(torch.optim, found)
     names = [*_PACKAGES, *_NAMES, *known]
-    near = get_close_matches(name, names, n=1) or get_close_matches(name.lower(), names, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, names) or did_you_mean(name.lower(), names)
     raise RequestError(
-        f"training.optimizer: there is no {name!r}. {hint}Take {', '.join(_PACKAGES)}, or a class of torch.optim: "
+        f"training.optimizer: there is no {name!r}.{hint} Take {', '.join(_PACKAGES)}, or a class of torch.optim: "
         f"{', '.join(known)}."
     )
 

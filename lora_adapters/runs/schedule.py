@@ -12,7 +12,12 @@ from ..recipes.sections import TrainingSection
 
 def steps_per_epoch(training: TrainingSection, rows: int) -> int:
     """Return the number of optimizer steps of one pass over so many rows; the last one may be of fewer rows."""
-    return math.ceil(math.ceil(rows / training.batch_size) / training.gradient_accumulation)
+    return steps_of(training, math.ceil(rows / training.batch_size))
+
+
+def steps_of(training: TrainingSection, batches: int, processes: int = 1) -> int:
+    """Return the number of optimizer steps of one pass over so many batches, which so many processes share."""
+    return math.ceil(batches / (training.gradient_accumulation * processes))
 
 
 def steps_in_all(training: TrainingSection, rows: int) -> int:

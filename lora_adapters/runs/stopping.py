@@ -15,6 +15,12 @@ from ..errors import LoraAdaptersError
 _ASKING = (signal.SIGINT, signal.SIGTERM)
 
 
+def leave_signals(worker: int = 0) -> None:
+    """In a worker process that reads data: Ctrl-C reaches the whole group, and only the process that trains answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class InterruptedRunError(LoraAdaptersError):
     """A signal ended the run, after everything worth keeping was saved.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ..direct_reads import keep_called
+from ..error_text import did_you_mean
 from ..errors import MissingDependencyError, PluginError, PluginWarning, RequestError
 from ..hooks.manager import load_object, plugins, require
 from ..hooks.specs import QuantizerSpec
@@ -59,8 +59,7 @@ def quantizer_for(request: Any, quantizers: Mapping[str, QuantizerSpec] | None =
 def _by_name(name: str, known: Mapping[str, QuantizerSpec]) -> Quantizer:
     spec = known.get(name)
     if spec is None:
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name.lower(), known, cutoff=0.5)
         raise RequestError(f"No quantization is called {name!r}.{hint} There are: {', '.join(sorted(known))}.")
     require(spec.requires, spec.extra, f"quantization={name!r}")
     try:
@@ -199,8 +198,7 @@ def _validate(model: nn.Module, assignment: Mapping[str, Quantizer]) -> None:
     chosen: dict[int, Quantizer] = {}
     for name, quantizer in assignment.items():
         if name not in modules or not name:
-            near = difflib.get_close_matches(name, modules, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near and name else ""
+            hint = did_you_mean(name, filter(None, modules))
             raise RequestError(f"Can't quantize {name!r}: the model has no such submodule.{hint}")
         module = modules[name]
         if reason := quantizer.supports(module) or tied.get(name, ""):

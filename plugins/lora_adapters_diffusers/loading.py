@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from lora_adapters.device import pick_device
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import CheckpointError, RequestError
 from lora_adapters.formats.source import DIFFUSERS_NAME
 from lora_adapters.quantized import quantizers_of
@@ -299,7 +300,7 @@ def _downloaded(name: str, weight_name: str | None, revision: str | None) -> Pat
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=names))
     except Exception as error:  # its errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise CheckpointError(
             f"There is no file or folder {name!r} here, and the Hub gave no such adapter ({reason}). Check the path."
         ) from error

@@ -7,18 +7,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lora_adapters.recipes.sections import (
+    AboveZero,
     AdapterSection,
+    DataSection,
     ModelSection,
+    NotNegative,
     Positive,
+    Probability,
     Recipe,
     Section,
     Share,
     TrainingSection,
 )
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
 Pixels = Annotated[int, Field(ge=8, le=8192)]
 #: Where computed tensors are kept: nowhere, in memory, or in files that a later run finds again.
 Cache = Literal["memory", "disk"] | None
@@ -66,7 +67,7 @@ class PipelineAdapter(AdapterSection):
         return self
 
 
-class SubjectData(Section):
+class SubjectData(DataSection):
     """Images of the subject, and what is said of each."""
 
     images: str | list[str]
@@ -119,8 +120,6 @@ class SubjectData(Section):
 
     @model_validator(mode="after")
     def _agrees(self):
-        if self.eval is not None and self.eval_fraction > 0:
-            raise ValueError("eval and eval_fraction are two ways to say the same: give one")
         if self.prompt is None and self.captions != "files":
             raise ValueError(
                 'give prompt, such as "a photo of sks dog", or captions=files with a caption beside each image'

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_adapters.errors import RequestError
+from lora_adapters.runs.stopping import leave_signals
 
 from .data import Images, image_mode
 
@@ -155,7 +155,7 @@ class Prepared(Dataset[tuple[Tensor, int]]):
             batch_sampler=keys,  # type: ignore[arg-type]
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else each loader takes a number from the generator that dropout draws from
         )
         yield from loader
@@ -202,9 +202,3 @@ class Mixing:
         with drawn_from(self.seed, step, number):
             mixed, targets = self.mix(images[:even], labels[:even])
         return torch.cat([mixed, images[even:]]), torch.cat([targets, plain[even:]])
-
-
-def _leave_signals(_: int) -> None:
-    """In a worker: Ctrl-C reaches the whole group of processes, and only the one that trains answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from lora_adapters.error_text import did_you_mean, first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError
 
 _HUB = ("hf-hub:", "hf_hub:")
@@ -43,8 +43,7 @@ def source_of(name: str, revision: str | None = None) -> str:
             )
         return f"local-dir:{path}"
     if not timm.is_model(name):
-        near = get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name.partition(".")[0], timm.list_models())
         raise RequestError(f"timm has no model {name!r}, and it is no folder.{hint}")
     stem, _, tag = name.partition(".")
     try:
@@ -131,8 +130,3 @@ def create_on_meta(name: str, **options: Any) -> nn.Module:
             return create(name, **options)
     except (NotImplementedError, RuntimeError):  # models that look at values while they are made
         return create(name, **options).to("meta")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, its class's name if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

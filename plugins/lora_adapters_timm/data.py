@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import RequestError, UnsupportedError
 from lora_adapters.pictures import BROKEN, each, open_image, why_broken
 from lora_adapters.report.facts import DataFacts
@@ -159,8 +160,9 @@ def _of_timm(data: ImageData, name: str, split: str, key: str) -> Images:
     try:
         made: Any = create_dataset(name, root=data.root, split=split)
     except (OSError, RuntimeError, ValueError, AssertionError, ImportError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{key}: timm can't make the dataset {name!r} (data.root={data.root!r}): {first}") from error
+        raise RequestError(
+            f"{key}: timm can't make the dataset {name!r} (data.root={data.root!r}): {first_line(error)}"
+        ) from error
     try:
         if hasattr(made, "reader"):  # the reader gives the file itself: timm's dataset would pass over a broken one
             reader = made.reader

@@ -6,11 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lora_adapters.recipes.sections import ModelSection, Positive, Recipe, Section, Share, TrainingSection
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
+from lora_adapters.recipes.sections import (
+    AboveZero,
+    DataSection,
+    ModelSection,
+    NotNegative,
+    Positive,
+    Probability,
+    Recipe,
+    Section,
+    Share,
+    TrainingSection,
+)
 
 
 class ImageModel(ModelSection):
@@ -45,7 +52,7 @@ class ImageModel(ModelSection):
         return self
 
 
-class ImageData(Section):
+class ImageData(DataSection):
     """Images, sorted into one folder for each class."""
 
     train: str
@@ -75,12 +82,6 @@ class ImageData(Section):
     """Share of an evaluation image's side that is kept; left out: what the model was made for."""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that read images; 0 reads in the training process. The images are the same."""
-
-    @model_validator(mode="after")
-    def _one_way_to_evaluate(self):
-        if sum([self.eval is not None, self.eval_fraction > 0, self.eval_split is not None]) > 1:
-            raise ValueError("eval, eval_split and eval_fraction are three ways to say the same: give one")
-        return self
 
 
 class Augmentation(Section):

@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from lora_adapters.attach_plan import AttachPlan
 from lora_adapters.device import pick_device
+from lora_adapters.error_text import did_you_mean, first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.hooks.manager import require
 from lora_adapters.inject import quantize
@@ -191,14 +191,11 @@ def read_config(name: str, options: dict[str, Any], source: dict[str, Any]) -> P
         config = AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         hint = " If you trust its author, set trust_remote_code." if "trust_remote_code" in str(error) else ""
-        raise LoraAdaptersError(f"{name!r} can't be loaded: {str(error).strip().splitlines()[0]}{hint}") from error
+        raise LoraAdaptersError(f"{name!r} can't be loaded: {first_line(error)}{hint}") from error
     known = {*config.to_dict(), "num_labels", "id2label", "label2id", "attn_implementation"}
     for key in options:
         if key not in known and not hasattr(config, key):
-            near = get_close_matches(key, sorted(known), n=1)
-            raise RequestError(
-                f"{type(config).__name__} has no field {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
-            )
+            raise RequestError(f"{type(config).__name__} has no field {key!r}.{did_you_mean(key, sorted(known))}")
     return AutoConfig.from_pretrained(name, **source, **options) if options else config
 
 
@@ -206,9 +203,7 @@ def auto_class(config: PretrainedConfig, task: str | None) -> Any:
     """Return the Auto class for a task; without one, the Auto class of the model that the config names."""
     if task is not None:
         if task not in TASKS:
-            near = get_close_matches(task, TASKS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RequestError(f"Unknown task {task!r}.{hint} Tasks: {', '.join(TASKS)}.")
+            raise RequestError(f"Unknown task {task!r}.{did_you_mean(task, TASKS)} Tasks: {', '.join(TASKS)}.")
         return getattr(transformers, TASKS[task])
     own_code = getattr(config, "auto_map", None) or {}
     for architecture in config.architectures or ():

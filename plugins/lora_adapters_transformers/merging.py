@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_adapters.adapter_file import PREFIX, AdapterFile
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import CheckpointError, UnsupportedError
 from lora_adapters.inspection import TASK_OF_TYPE
 
@@ -154,7 +155,7 @@ def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # Its errors share no base class: HTTP, validation, cache, offline, disk.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)[:300]
         raise CheckpointError(f"The tokenizer's files of {name!r} can't be had from the Hub: {reason}") from error
 
 

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lora_adapters.recipes.sections import Positive, Recipe, Section, Share, TrainingSection
+from lora_adapters.recipes.sections import DataSection, Positive, Recipe, Share, TrainingSection
 
 
-class TextData(Section):
+class TextData(DataSection):
     """Where the rows come from. Columns are named, or a template such as "{question}\\n{answer}" is filled from them."""
 
     train: str | list[str]
@@ -29,12 +29,6 @@ class TextData(Section):
     """Use this many training rows at most."""
     eval_limit: Positive | None = None
     """Use this many evaluation rows at most."""
-
-    @model_validator(mode="after")
-    def _one_way_to_evaluate(self):
-        if sum([self.eval is not None, self.eval_fraction > 0, self.eval_split is not None]) > 1:
-            raise ValueError("eval, eval_split and eval_fraction are three ways to say the same: give one")
-        return self
 
 
 class CausalLMData(TextData):

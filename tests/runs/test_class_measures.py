@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from lora_adapters.runs.class_measures import class_measures
+from lora_adapters.runs.class_measures import class_measures, likeliest
 
 
 @pytest.mark.parametrize("classes", [2, 5, 30])
@@ -36,3 +37,9 @@ def test_many_classes_name_the_most_confused_ones():
     assert confused.rows == [["c0", "c1", 8, 8 / 9], ["c3", "c5", 2, 2 / 5]]
     right = class_measures(0.0, [0, 1], [0, 1], labels)
     assert [table.title for table in right.tables] == ["Per class"]
+
+
+def test_the_likeliest_are_named():
+    logits = torch.tensor([1.0, 4.0, 2.0, 3.0]).log()
+    assert likeliest(logits, ["a", "b", "c", "d"]) == "b 40.0%, d 30.0%, c 20.0%"
+    assert likeliest(logits[:2].half(), ["a", "b"]) == "b 80.0%, a 20.0%"

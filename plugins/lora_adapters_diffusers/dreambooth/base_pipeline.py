@@ -14,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError
 from lora_adapters.tensor_file import read_header
 
@@ -119,7 +120,7 @@ def _folder_of_configs(section: PipelineModel) -> Path | None:
             return found
         reason = f"it has no {_INDEX}"
     except Exception as error:  # its errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)[:200]
     raise RequestError(
         f"model.name: there is no folder or file {section.name!r} here, and the Hub gave no such pipeline ({reason})."
     )
@@ -153,7 +154,7 @@ def _on_meta(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
                 return cls.from_config(cls.load_config(folder, local_files_only=True))
             return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError) as error:
-        raise RequestError(f"model: {folder} can't be read: {str(error).strip().splitlines()[0]}") from error
+        raise RequestError(f"model: {folder} can't be read: {first_line(error)}") from error
     finally:
         torch.set_default_dtype(usual)
 
@@ -192,7 +193,7 @@ def _of_the_recipe() -> Iterator[None]:
     except LoraAdaptersError as error:
         raise type(error)(f"model: {error}") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)[:300]
         raise RequestError(f"model: the pipeline can't be read: {reason}") from error
 
 

@@ -72,7 +72,7 @@ def hold_out(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[It
     )
 
 
-def read_class(folder: Path, prompt: str, key: str = "prior.folder") -> list[Item]:
+def read_class(folder: Path, prompt: str) -> list[Item]:
     """Return all images of a folder as images of the class, in the order of their names; their captions are not read.
 
     Raises:
@@ -81,7 +81,7 @@ def read_class(folder: Path, prompt: str, key: str = "prior.folder") -> list[Ite
     problems: list[str] = []
     found, _ = _in_folder(folder, None, problems) if folder.is_dir() else ([], [])
     items = [Item(str(path), path, prompt, prior=True) for path, _ in found]
-    return checked(items, 1, False, key, problems, distinct=False)
+    return checked(items, 1, False, "prior.folder", problems, distinct=False)
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------

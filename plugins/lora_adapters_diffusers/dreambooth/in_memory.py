@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lora_adapters.error_text import did_you_mean
 from lora_adapters.errors import RequestError
 from lora_adapters.recipes.messages import sections_of
 from lora_adapters.recipes.reading import validate
@@ -126,11 +127,8 @@ def _section_with(key: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
         return found[0]
     if found:
         raise RequestError(f"{key!r} is a key of {' and of '.join(found)}: say which, as {found[0]}={{{key!r}: ...}}.")
-    from difflib import get_close_matches
-
     names = [*sections, *(name for keys in sections.values() for name in keys)]
-    near = get_close_matches(key, names, n=1)
-    raise RequestError(f"dreambooth has no option {key!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+    raise RequestError(f"dreambooth has no option {key!r}.{did_you_mean(key, names)}")
 
 
 def _images(images: Any) -> tuple[str | list[str], list[Image.Image] | None]:

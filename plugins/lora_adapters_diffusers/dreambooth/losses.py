@@ -5,13 +5,14 @@ All that is drawn or read on the CPU comes first, in `drawn`: what follows can b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lora_adapters.modes import modes_kept
 
 from .family import Family
 from .noise import Numbers, posterior_noise
@@ -78,7 +79,8 @@ def eval_losses(
     """
     latents = _latents(family, batch, numbers)
     total = torch.zeros(len(latents), device=latents.device)
-    with _evaluating(family.denoiser):
+    with modes_kept(family.denoiser):
+        family.denoiser.eval()
         for point in range(points):
             levels = torch.full((len(latents),), (point + 0.5) / points)
             noised = objective.noised_at(latents, levels, [(*row, point) for row in numbers])
@@ -95,14 +97,3 @@ def _latents(family: Family, batch: Batch, numbers: Sequence[Numbers]) -> Tensor
 def _inputs(batch: Batch, noised: Noised) -> dict[str, Tensor | None]:
     text = {_TEXT + name: value for name, value in batch.text.items()}
     return {**noised._asdict(), **text, "sizes": batch.sizes, "mask": batch.mask}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_adapters.cache_folder import cache_folder
 from lora_adapters.errors import RequestError, StateError, UnsupportedError
+from lora_adapters.modes import modes_kept
 from lora_adapters.staging import write_file
 
 from ..wrappers import plain
@@ -139,22 +140,20 @@ def _check(image: Image.Image, number: int) -> None:
 def _as_it_was(pipe: Any) -> Iterator[None]:
     """Within this context the pipeline makes images as its base does; after it, it is as it was."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    training = [(one, one.training) for module in modules for one in module.modules()]
     switched = [layer for layer in _adapted(pipe) if not layer._disable_adapters]
     scheduler, shown = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
     pipe.scheduler = copy.deepcopy(scheduler)  # it keeps timesteps, and old ones of some kinds change results
     pipe.set_progress_bar_config(disable=True)
     try:
-        for module in modules:
-            module.eval()
-        for layer in switched:
-            layer._disable_adapters = True  # enable_adapters() would change requires_grad too
-        yield
+        with modes_kept(*modules):
+            for module in modules:
+                module.eval()
+            for layer in switched:
+                layer._disable_adapters = True  # enable_adapters() would change requires_grad too
+            yield
     finally:
         for layer in switched:
             layer._disable_adapters = False
-        for one, mode in training:
-            one.training = mode
         pipe.scheduler = scheduler
         if shown is None:
             del pipe._progress_bar_config

@@ -22,11 +22,12 @@ from lora_adapters.runs.beginning import record_adapter, record_data, record_mem
 from lora_adapters.runs.gradients import GradientGuard
 from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.loop import TrainingLoop
-from lora_adapters.runs.measuring import evaluating
+from lora_adapters.runs.measuring import Measured, evaluating
 from lora_adapters.runs.optimizers import make_optimizer, parameter_groups
 from lora_adapters.runs.processes import own_device
 from lora_adapters.runs.progress import Progress
 from lora_adapters.runs.random_state import seed_all
+from lora_adapters.runs.recipe_runner import RecipeRunner
 from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
 
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 _ON_TRAINING = "There are no eval images (data.eval, data.eval_fraction): the loss was measured on the training images."
 
 
-class DreamBoothRunner:
+class DreamBoothRunner(RecipeRunner):
     """See `lora_adapters.runs.runner.Runner`.
 
     Args:
@@ -67,6 +68,7 @@ class DreamBoothRunner:
     """
 
     several_processes = True
+    rows = "images"
 
     def __init__(
         self,
@@ -75,7 +77,8 @@ class DreamBoothRunner:
         images: Sequence[Image.Image] | None = None,
         adapter_name: str = "default",
     ) -> None:
-        self.recipe, self.lora, self.given_images, self.adapter_name = recipe, lora, images, adapter_name
+        super().__init__(recipe)
+        self.lora, self.given_images, self.adapter_name = lora, images, adapter_name
         self.train_items: list[Item] = []
         self.eval_items: list[Item] = []
 
@@ -85,11 +88,6 @@ class DreamBoothRunner:
     def device(self) -> torch.device:
         """Where the pipeline goes."""
         return own_device(pick_device(self.recipe.model.device))
-
-    @cached_property
-    def autocast(self) -> torch.dtype | None:
-        """Dtype of the computation, None for the weights' own."""
-        return compute_dtype(self.recipe.training, self.device)
 
     @cached_property
     def family(self) -> Family:
@@ -109,11 +107,6 @@ class DreamBoothRunner:
         return encoders_to_train(
             self.recipe.adapter, [name for name in self.family.text_encoder_names if name in loadable]
         )
-
-    @cached_property
-    def made_plan(self) -> PipelinePlan:
-        """The recipe's plan."""
-        return self.plan(self.recipe.model.quantization)
 
     @cached_property
     def cuda_graphs(self) -> bool:
@@ -171,9 +164,6 @@ class DreamBoothRunner:
                 )
         if section.prompts == []:
             raise RequestError("samples.prompts: give a prompt, or samples.count=0 for no images.")
-
-    def accept(self, adapters: Mapping[str, Path]) -> None:
-        """An adapter says all by itself."""
 
     def shape(self) -> tuple[int, int]:
         """Return the images of one forward pass, those of the class included; they have no tokens."""
@@ -279,15 +269,16 @@ class DreamBoothRunner:
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, adapters: Mapping[str, Path], progress: Progress) -> dict[str, dict[str, float]]:
-        """Return name -> metrics on the eval images; see `Runner.evaluate`."""
-        found = {}
-        for name, family in self._each(adapters, progress):
-            task = task_for(self, family, batches_for(self, self.eval_items, still=True), trained=False)
-            progress.say(f"measuring {name} on {len(self.eval_items):,} images")
-            with evaluating(family.models(), self.autocast):
-                found[name] = {"loss": task.measure()}
-        return found
+    @property
+    def eval_count(self) -> int:
+        """Return the number of eval images."""
+        return len(self.eval_items)
+
+    def measure_eval(self, model: Family) -> Measured:
+        """Return the loss of a pipeline on the eval images."""
+        task = task_for(self, model, batches_for(self, self.eval_items, still=True), trained=False)
+        with evaluating(model.models(), self.autocast):
+            return Measured({"loss": task.measure()})
 
     def generate(
         self, adapters: Mapping[str, Path], prompts: Sequence[str], progress: Progress, **options: Any
@@ -298,7 +289,7 @@ class DreamBoothRunner:
         )
         folder = Path(tempfile.mkdtemp(prefix="lora-adapters-"))
         found = [Sample(prompt) for prompt in prompts]
-        for name, family in self._each(adapters, progress):
+        for name, family in self.each(adapters, progress):
             made = Sampler(family, section, prompts, self.recipe.data.resolution or family.resolution).images()
             for number, (sample, images) in enumerate(zip(found, made, strict=True), 1):
                 paths = write_images(folder, f"prompt-{number}-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}", images)
@@ -306,7 +297,7 @@ class DreamBoothRunner:
                 sample.images.append((name, column(images)))
         return found
 
-    def _each(self, adapters: Mapping[str, Path], progress: Progress) -> Iterator[tuple[str, Family]]:
+    def each(self, adapters: Mapping[str, Path], progress: Progress) -> Iterator[tuple[str, Family]]:
         """Yield ("base", the pipeline), then (name, the same pipeline with that adapter)."""
         lora = LoraPipeline(self.load(progress))
         family = self.family_of(lora.pipe)

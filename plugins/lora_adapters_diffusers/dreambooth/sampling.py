@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from lora_adapters.modes import modes_kept
 from lora_adapters.pictures import png
 from lora_adapters.report.facts import Sample
 from lora_adapters.runs.folder import SAMPLES
-from lora_adapters.runs.measuring import evaluating
 
 if TYPE_CHECKING:
     from lora_adapters.runs.runner import Run
@@ -92,14 +92,11 @@ class Sampler:
         bars = getattr(pipe, "_progress_bar_config", {})
         parts = self.family.models()
         pipe.set_progress_bar_config(**{**bars, "disable": True})
-        modes = [(module, module.training) for module in parts.modules()]
         try:
-            with self.away.needed() if self.away is not None else evaluating(parts):
+            with modes_kept(parts), self.away.needed() if self.away is not None else nullcontext():
                 parts.eval()
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
             pipe.set_progress_bar_config(**bars)
 
 

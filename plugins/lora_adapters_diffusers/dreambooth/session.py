@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import nn
 
 from lora_adapters.cache_folder import cache_folder
 from lora_adapters.errors import RequestError
+from lora_adapters.modes import modes_kept
 from lora_adapters.runs import processes
 from lora_adapters.runs.checkpoints import step_of
 from lora_adapters.runs.loop import Parts
 from lora_adapters.runs.measuring import evaluating
 from lora_adapters.runs.optimizers import Schedule
 from lora_adapters.runs.random_state import seed_all
-from lora_adapters.runs.schedule import total_steps
+from lora_adapters.runs.schedule import steps_of, total_steps
 
 from .adapters import Adapters
 from .batches import Batches, unchanging
@@ -100,7 +102,8 @@ class Session:
         self.runner, self.run, self.lora = runner, run, lora
         self.recipe, self.family = runner.recipe, runner.family_of(lora.pipe)
         self.scheduler = lora.pipe.scheduler
-        self._modes = [(module, module.training) for module in self._models().modules()]
+        self._modes = ExitStack()
+        self._modes.enter_context(modes_kept(*self._models()))
         self._compiled: nn.Module | None = None
         self.away = PutAway(lora.pipe, self._not_needed())
         class_ = self._class_images()
@@ -111,9 +114,8 @@ class Session:
             self.undo()
             raise
 
-    def _models(self) -> nn.ModuleDict:
-        pipe = self.lora.pipe
-        return nn.ModuleDict({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
+    def _models(self) -> list[nn.Module]:
+        return [part for part in self.lora.pipe.components.values() if isinstance(part, nn.Module)]
 
     def _not_needed(self) -> list[str]:
         data = self.recipe.data
@@ -183,7 +185,7 @@ class Session:
 
     def _epochs(self, batches: int) -> int:
         training = self.recipe.training
-        per_epoch = math.ceil(batches / (training.gradient_accumulation * processes.count()))
+        per_epoch = steps_of(training, batches, processes.count())
         return math.ceil(total_steps(training, per_epoch) / per_epoch)
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -192,12 +194,10 @@ class Session:
         """Return what the loop works with."""
         training = self.recipe.training
         optimizer = self.runner.optimizer({name: handle.base for name, handle in self.adapters.handles.items()})
-        per_epoch = math.ceil(len(self.task) / (training.gradient_accumulation * processes.count()))
-        total = total_steps(training, per_epoch)
         every = self.recipe.samples.every
 
         def look(step: int) -> None:
-            if every is not None and step % every == 0 and step != total:
+            if every is not None and step % every == 0 and step != self.run.facts.total_steps:
                 self.sampler.record(self.run, step)
 
         return Parts(
@@ -205,7 +205,7 @@ class Session:
             self.task.inputs,
             self.task.loss,
             optimizer,
-            Schedule(training, optimizer, total),
+            lambda total, _: Schedule(training, optimizer, total),
             self.runner.device,
             self.runner.autocast,
             self.measure,
@@ -262,8 +262,7 @@ class Session:
         if self.recipe.training.gradient_checkpointing:
             for handle in self.adapters.handles.values():
                 stop_checkpointing(handle.base)
-        for module, training in self._modes:
-            module.training = training
+        self._modes.close()
 
     def undo(self) -> None:
         """Leave the pipeline as it was."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from lora_adapters.runs.stopping import leave_signals
 
 from .batches import Batches, Example, Key
 from .caches import CachedLatents, CachedText, encode_each
@@ -98,7 +99,7 @@ class Task:
             batch_sampler=theirs,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=list,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else each loader takes a number from the generator that dropout draws from
         )
         yield from (Ready(batch, examples) for batch, examples in zip(mine, loader, strict=True))
@@ -148,9 +149,3 @@ class Task:
         if self.text is not None:
             return self.text.encode(captions)
         return self.family.encode(captions) if self.trained else encode_each(self.family, captions)
-
-
-def _leave_signals(_: int) -> None:
-    """In a worker: Ctrl-C reaches the whole group of processes, and only the one that trains answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -11,6 +11,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 
 from .. import building
@@ -91,7 +92,7 @@ def check_takes(model: nn.Module, config: dict[str, Any]) -> None:
         except Exception as error:
             raise RequestError(
                 f"data.image_size: {type(model).__name__} does not take images of {size[1]} x {size[2]}: "
-                f"{building.first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from lora_adapters.error_text import did_you_mean
 from lora_adapters.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def make_optimizer(training: ImageTraining, parameters: nn.Module | Iterable[nn.
             raise RequestError(
                 f"training.optimizer_options: {training.optimizer} does not take them: {error}"
             ) from error
-        near = get_close_matches(training.optimizer, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(training.optimizer, names)
         raise RequestError(f"training.optimizer: timm has no {training.optimizer!r}.{hint}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import lora_adapters as la
 from lora_adapters.attach_plan import AttachPlan
-from lora_adapters.device import pick_device
 from lora_adapters.errors import RequestError
 from lora_adapters.inject import planned_on_meta, quantize
 from lora_adapters.memory import StepMemory, predict_step
@@ -23,16 +22,16 @@ from lora_adapters.pictures import open_image, png
 from lora_adapters.recipes.adapting import attach_arguments, check_start
 from lora_adapters.report.facts import Sample
 from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
+from lora_adapters.runs.class_measures import likeliest
 from lora_adapters.runs.gradients import GradientGuard
 from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.loop import Parts, TrainingLoop
-from lora_adapters.runs.measuring import Measured, evaluating, record_after, record_before
+from lora_adapters.runs.measuring import Measured, evaluating
 from lora_adapters.runs.progress import Progress
 from lora_adapters.runs.random_state import seed_all
+from lora_adapters.runs.recipe_runner import RowsRunner
 from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
-from lora_adapters.runs.saved import each_model
-from lora_adapters.runs.schedule import steps_in_all, steps_per_epoch
 
 from ..augmentation import Mixing, Prepared, evaluation_transform, training_transform
 from ..data import Images, check_count, check_labels, divide, image_mode, limited, read_images
@@ -42,34 +41,24 @@ from .batches import ImageBatches
 from .measures import measure
 from .optimization import make_optimizer, make_schedule, memory_of
 
-#: Labels that an answer names with their probabilities.
-_NAMED = 3
 _RANDOM = "The base has random weights, which come from the seed and are saved nowhere."
 
 
-class ImageRunner:
+class ImageRunner(RowsRunner):
     """See `lora_adapters.runs.runner.Runner`.
 
     Args:
         recipe: the validated recipe.
     """
 
+    rows = "images"
+
     def __init__(self, recipe: ImageRecipe) -> None:
-        self.recipe = recipe
+        super().__init__(recipe)
         self.train_images: Images | None = None
         self.eval_images: Images | None = None
 
     # ---- before a weight is read -------------------------------------------------------------------------------------
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the model goes."""
-        return pick_device(self.recipe.model.device)
-
-    @cached_property
-    def autocast(self) -> torch.dtype | None:
-        """Dtype of the computation, None for the weights' own."""
-        return compute_dtype(self.recipe.training, self.device)
 
     @property
     def labels(self) -> list[str]:
@@ -95,16 +84,10 @@ class ImageRunner:
         """What images must be for the model; see `base_model.data_config`."""
         return base_model.data_config(self.skeleton, self.recipe.model, self.recipe.data)
 
-    @cached_property
-    def made_plan(self) -> AttachPlan:
-        """The recipe's plan, on the model without its weights."""
-        return self.plan(self.recipe.model.quantization)
-
     def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
         """Find what is wrong with the recipe, read the folders, and plan the adapter; no weight is read."""
-        data, training = self.recipe.data, self.recipe.training
-        if "train" not in parts and data.eval is None and data.eval_split is None and not data.eval_fraction:
-            raise RequestError("There is no eval data: give --data FOLDER, or data.eval=FOLDER.")
+        training = self.recipe.training
+        self.check_eval(parts, "FOLDER")
         _ = self.device, self.autocast
         check_training(training)
         make_optimizer(training, [nn.Parameter(torch.zeros(1))])
@@ -134,9 +117,6 @@ class ImageRunner:
         if held_out is not None:
             check_labels(held_out, self.labels, "eval")
             self.eval_images = limited(held_out, data.eval_limit, seed)
-
-    def accept(self, adapters: Mapping[str, Path]) -> None:
-        """A run's recipe holds its classes; other adapters don't say theirs."""
 
     def shape(self) -> tuple[int, int]:
         """Return the images of one forward pass; they have no tokens."""
@@ -178,8 +158,7 @@ class ImageRunner:
             run.facts.higher_is_better.append("top5_accuracy")
         with run.preparing():
             record_memory(run, self, self.made_plan, self.device)
-            run.progress.say(f"loading {self.recipe.model.name}")
-            model = self._load()
+            model = self.load(run.progress)
             if run.resume_from is None:
                 adapter = la.attach(model, **attach_arguments(self.recipe.adapter))
             else:
@@ -187,10 +166,7 @@ class ImageRunner:
             record_adapter(run, adapter)
             if not self.recipe.model.pretrained and _RANDOM not in run.facts.notes:
                 run.facts.notes.append(_RANDOM)
-            if self.eval_images is not None and not run.facts.before:
-                run.progress.say(f"measuring the base on {len(self.eval_images):,} images")
-                measured = self._measure(adapter.model)
-                record_before(run, measured, self._samples(measured, self.recipe.samples))
+            self.measure_base(run, adapter.model)
         guard = GradientGuard(run)
         loop = TrainingLoop(run, adapter, guard, self._parts(adapter))
         loop.fit()
@@ -198,14 +174,12 @@ class ImageRunner:
             save_adapter(run, adapter, guard)
             raise_unless_finished(run, guard)
             with run.measuring():
-                if self.eval_images is not None:
-                    run.progress.say("measuring the adapter")
-                    measured = self._measure(adapter.model)
-                    record_after(run, measured, self._samples(measured, len(run.facts.samples)))
+                self.measure_adapter(run, adapter.model)
 
-    def _load(self) -> nn.Module:
-        """Return the base on its device, stored as the recipe says; what is random in it is the same every time."""
+    def load(self, progress: Progress) -> nn.Module:
+        """Return the base; see `RecipeRunner.load`."""
         section, seed = self.recipe.model, self.recipe.training.seed
+        progress.say(f"loading {section.name}")
         seed_all(seed)
         model = base_model.build(section, len(self.labels))
         base_model.note_size(model, self.config)
@@ -231,17 +205,16 @@ class ImageRunner:
         batches = ImageBatches(
             prepared, training.batch_size, training.seed, recipe.data.workers, pin=device.type == "cuda"
         )
-        total, per_epoch = steps_in_all(training, len(prepared)), steps_per_epoch(training, len(prepared))
         optimizer = make_optimizer(training, adapter.base)
         return Parts(
             batches,
             self._inputs(),
             self._loss(adapter.model),
             optimizer,
-            make_schedule(training, optimizer, total, per_epoch),
+            partial(make_schedule, training, optimizer),
             device,
             self.autocast,
-            None if self.eval_images is None else lambda: self._measure(adapter.model).metrics,
+            None if self.eval_images is None else lambda: self.measure_eval(adapter.model).metrics,
             rows="images",
         )
 
@@ -274,14 +247,20 @@ class ImageRunner:
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
-    def _measure(self, model: Any) -> Measured:
+    @property
+    def eval_count(self) -> int:
+        """Return the number of eval images."""
+        return 0 if self.eval_images is None else len(self.eval_images)
+
+    def measure_eval(self, model: Any) -> Measured:
+        """Return the metrics of a model on the eval images."""
         assert self.eval_images is not None
         transform, channels = evaluation_transform(self.config), self.config["input_size"][0]
         prepared = Prepared(self.eval_images, self.labels, transform, channels, None)
         size, workers = self.recipe.training.batch_size, self.recipe.data.workers
         return measure(model, prepared, self.labels, size, workers, self._place, self.autocast)
 
-    def _samples(self, measured: Measured, count: int) -> list[Sample]:
+    def show_eval(self, model: Any, measured: Measured, count: int) -> list[Sample]:
         """Return some images drawn by the seed; the last part of a sample is what the model takes it for."""
         images = self.eval_images
         assert images is not None
@@ -295,15 +274,6 @@ class ImageRunner:
             for i in order[:count]
         ]
 
-    def evaluate(self, adapters: Mapping[str, Path], progress: Progress) -> dict[str, dict[str, float]]:
-        """Return name -> metrics on the eval data; see `Runner.evaluate`."""
-        assert self.eval_images is not None
-        found = {}
-        for name, model in self._each(adapters, progress):
-            progress.say(f"measuring {name} on {len(self.eval_images):,} images")
-            found[name] = self._measure(model).metrics
-        return found
-
     def generate(
         self, adapters: Mapping[str, Path], prompts: Sequence[str], progress: Progress, **options: Any
     ) -> list[Sample]:
@@ -312,16 +282,9 @@ class ImageRunner:
         base_model.source_of(self.recipe.model)
         transform, mode = evaluation_transform(self.config), image_mode(self.config["input_size"][0])
         found = [Sample(prompt, [], [("image", png(one))]) for prompt, one in zip(prompts, pictures, strict=True)]
-        for name, model in self._each(adapters, progress):
+        for name, model in self.each(adapters, progress):
             for sample, picture in zip(found, pictures, strict=True):
                 with evaluating(model, self.autocast):
-                    logits = model(self._place(transform(picture.convert(mode))[None]))[0].float()
-                shares, indices = torch.softmax(logits, -1).topk(min(_NAMED, len(self.labels)))
-                named = zip(shares.tolist(), indices.tolist(), strict=True)
-                sample.parts.append((name, ", ".join(f"{self.labels[i]} {share:.1%}" for share, i in named)))
+                    logits = model(self._place(transform(picture.convert(mode))[None]))[0]
+                    sample.parts.append((name, likeliest(logits, self.labels)))
         return found
-
-    def _each(self, adapters: Mapping[str, Path], progress: Progress):
-        """Yield ("base", model), then (name, the same model with that adapter)."""
-        progress.say(f"loading {self.recipe.model.name}")
-        yield from each_model(self._load(), adapters)

@@ -124,7 +124,6 @@ def encode_causal(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str = "train",
-    source: str | None = None,
 ) -> Encoded:
     """Return rows for a causal language model, in the order of the data.
 
@@ -137,7 +136,7 @@ def encode_causal(
     `training.max_length` lose their end, or are dropped; rows with nothing left to learn are left out and counted.
 
     Args:
-        name: "train" or "eval". source: for the facts; left out, what the recipe says.
+        name: "train" or "eval".
 
     Raises:
         RequestError: columns, messages or template don't fit, or no row is left.
@@ -165,7 +164,7 @@ def encode_causal(
                 prompt_ids=item.prompt_ids,
             )
     details = {"form": form.name, "tokens": tokens, "answer tokens": answers}
-    return made.finish(source_of(data, name) if source is None else source, details)
+    return made.finish(source_of(data, name), details)
 
 
 def _encoder(form: CausalForm, data: CausalLMData, tokenizer: PreTrainedTokenizerBase) -> Any:

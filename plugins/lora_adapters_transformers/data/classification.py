@@ -45,7 +45,6 @@ def encode_classification(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str = "train",
-    source: str | None = None,
     label_names: list[str] | None = None,
 ) -> Encoded:
     """Return rows for a text classifier, in the order of the data.
@@ -85,7 +84,7 @@ def encode_classification(
             tokens += len(encoding["input_ids"])
             made.add(**encoding, labels=label, text="\n".join(texts))
     details = {"tokens": tokens, "labels": ", ".join(f"{key} {counts[key]}" for key in label_ids.names[:20])}
-    return made.finish(source_of(data, name) if source is None else source, details, label_ids.names)
+    return made.finish(source_of(data, name), details, label_ids.names)
 
 
 def _cut(kept: list, made: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]] | None]:

@@ -146,21 +146,19 @@ def check_packing(model: torch.nn.Module, packed_row: Mapping[str, Any]) -> None
     """
     import torch
 
+    from lora_adapters.modes import modes_kept
+
     documents = [document[:_GLANCE] for document in _documents(packed_row) if len(document) > 1][:3]
     if len(documents) < 2:
         raise RequestError("a row of at least two documents is needed to check packing")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
+            model.eval()
             packed = _logits(model, documents)
             changed = _logits(model, [_others(documents), *documents[1:]])
             alone = [_logits(model, [document])[0] for document in documents]
     except TypeError as e:
         raise UnsupportedError(f"training.packing: {_name(model)} takes no position_ids ({e}): set it to false") from e
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     scale = torch.cat(packed).float().std().item()
     seen = max(_distance(a, b).max().item() for a, b in zip(packed[1:], changed[1:], strict=True)) / scale

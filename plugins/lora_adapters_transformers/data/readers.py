@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import RequestError
 from lora_adapters_transformers.data.columns import table
 
@@ -174,4 +175,4 @@ def _parquet(path: Path) -> datasets.Dataset:
             source = path
         return datasets.Dataset(pa.parquet.read_table(source))
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as e:
-        raise RequestError(f"{path} is no readable Parquet file: {str(e).splitlines()[0]}") from e
+        raise RequestError(f"{path} is no readable Parquet file: {first_line(e)}") from e

@@ -48,7 +48,6 @@ def encode_reward(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str = "train",
-    source: str | None = None,
 ) -> Encoded:
     """Return rows for TRL's RewardTrainer, in the order of the data.
 
@@ -84,7 +83,7 @@ def encode_reward(
                 rejected_text=texts[2],
             )
     details = {"form": encode.form, "tokens": tokens}
-    return made.finish(source_of(data, name) if source is None else source, details)
+    return made.finish(source_of(data, name), details)
 
 
 class _Encoder:

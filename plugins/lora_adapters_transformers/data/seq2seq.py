@@ -33,7 +33,6 @@ def encode_seq2seq(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str = "train",
-    source: str | None = None,
 ) -> Encoded:
     """Return rows for an encoder-decoder, in the order of the data.
 
@@ -74,4 +73,4 @@ def encode_seq2seq(
             tokens, target_tokens = tokens + len(ids), target_tokens + len(labels)
             made.add(input_ids=ids, labels=labels, source_text=a, target_text=b)
     details = {"tokens": tokens + target_tokens, "answer tokens": target_tokens}
-    return made.finish(source_of(data, name) if source is None else source, details)
+    return made.finish(source_of(data, name), details)

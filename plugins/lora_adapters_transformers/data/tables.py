@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import RequestError
 from lora_adapters_transformers.data.readers import KINDS, kind_of, read_file
 
@@ -46,13 +47,12 @@ def read_table(
     *,
     subset: str | None = None,
     split: str = "train",
-    limit: int | None = None,
     key: str = "data",
 ) -> datasets.Dataset:
     """Return the rows of one source: a file, a folder of files of one kind, a list of these, or a dataset on the Hub.
 
     Files are read as they are now: nothing is cached. `subset` and `split` are for Hub datasets and for folders that
-    `save_to_disk` wrote. `limit` takes the first rows. `key` is the recipe's name for the source, for messages.
+    `save_to_disk` wrote. `key` is the recipe's name for the source, for messages.
 
     Raises:
         RequestError: the source is missing (with the nearest name), broken (with the line) or empty.
@@ -60,10 +60,10 @@ def read_table(
     names = [source] if isinstance(source, str) else source
     if not names:
         raise RequestError(f"{key}: the list is empty: name at least one file")
-    rows = _join([_one(name, subset, split, key) for name in names], key)
+    rows = _join([_one(name, subset, split, key) for name in names])
     if not len(rows):
         raise RequestError(f"{key}: {', '.join(names)} has no rows")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return rows
 
 
 def _one(name: str, subset: str | None, split: str, key: str) -> datasets.Dataset:
@@ -110,7 +110,7 @@ def _folder(folder: Path, key: str) -> datasets.Dataset:
     if len(kinds) > 1:
         some = " and ".join(str(p.relative_to(folder)) for p in sorted(kinds.values())[:2])
         raise RequestError(f"{key}: folder {folder} has files of several kinds ({some}): name the files to take")
-    return _join([read_file(p) for p in files], key)
+    return _join([read_file(p) for p in files])
 
 
 def _saved(folder: Path, split: str, key: str) -> datasets.Dataset:
@@ -119,7 +119,7 @@ def _saved(folder: Path, split: str, key: str) -> datasets.Dataset:
     try:
         rows = datasets.load_from_disk(str(folder))
     except Exception as e:
-        raise RequestError(f"{key}: {folder} can't be read as a saved dataset: {_first_line(e)}") from e
+        raise RequestError(f"{key}: {folder} can't be read as a saved dataset: {first_line(e)}") from e
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
             raise RequestError(f"{key}: {folder} has no split {split!r}; it has {', '.join(rows)}")
@@ -139,16 +139,11 @@ def _hub(name: str, subset: str | None, split: str, key: str) -> datasets.Datase
         near = get_close_matches(name, sorted(p.name for p in Path().iterdir()), n=1, cutoff=0.6)
         hint = f"; did you mean the file {near[0]!r}?" if near else ""
         raise RequestError(
-            f"{key}: {name!r} is no file or folder here, and no Hub dataset that can be loaded ({_first_line(e)}){hint}"
+            f"{key}: {name!r} is no file or folder here, and no Hub dataset that can be loaded ({first_line(e)}){hint}"
         ) from e
     if not isinstance(rows, datasets.Dataset):
         raise RequestError(f"{key}: {name!r} with split {split!r} is no single table: name one split")
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 @contextmanager
@@ -165,7 +160,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _join(parts: list[datasets.Dataset], key: str) -> datasets.Dataset:
+def _join(parts: list[datasets.Dataset]) -> datasets.Dataset:
     """Put tables under each other. Columns that one has as text and one as numbers become text in both."""
     import datasets
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lora_adapters.error_text import did_you_mean
 from lora_adapters.errors import LoraAdaptersError, RequestError
 
 from ..loading import read_config
@@ -21,9 +22,7 @@ def check_model(section: Any) -> None:
         read_config(section.name, {}, {"revision": section.revision, "trust_remote_code": section.trust_remote_code})
     except LoraAdaptersError as error:
         known = [name for name in (*_folders_here(), *_cached_models()) if name != section.name]
-        near = get_close_matches(section.name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"model.name: {error}{hint}") from error
+        raise RequestError(f"model.name: {error}{did_you_mean(section.name, known)}") from error
 
 
 def _near(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import lora_adapters as la
 from lora_adapters.api import skeleton
 from lora_adapters.attach_plan import AttachPlan
-from lora_adapters.device import pick_device
+from lora_adapters.error_text import first_line
 from lora_adapters.errors import LoraAdaptersError, RequestError, UnsupportedError
 from lora_adapters.memory import StepMemory
+from lora_adapters.modes import modes_kept
 from lora_adapters.recipes.adapting import attach_arguments, check_start
 from lora_adapters.report.facts import Sample
 from lora_adapters.runs.beginning import record_adapter, record_data, record_memory
@@ -29,11 +30,12 @@ from lora_adapters.runs.folder import LOGS
 from lora_adapters.runs.gradients import GradientGuard
 from lora_adapters.runs.keeping import raise_unless_finished, save_adapter
 from lora_adapters.runs.measured import PeakMemory
-from lora_adapters.runs.measuring import Measured, record_after, record_before
+from lora_adapters.runs.measuring import Measured
 from lora_adapters.runs.progress import Progress
+from lora_adapters.runs.random_state import seed_all
+from lora_adapters.runs.recipe_runner import RowsRunner
 from lora_adapters.runs.requirements import check_training, compute_dtype
 from lora_adapters.runs.runner import Run
-from lora_adapters.runs.saved import each_model
 from lora_adapters.runs.showing import Rates, Steps
 
 from ..callback import LoraCallback
@@ -54,10 +56,9 @@ class Measuring:
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Return the task's metrics of the model as it is now."""
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().metrics.items()}
-        training = self.model.training
-        self.model.eval()  # TRL's trainers tell by this whose metrics they log
-        self.log(dict(metrics))
-        self.model.train(training)
+        with modes_kept(self.model):
+            self.model.eval()  # TRL's trainers tell by this whose metrics they log
+            self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -66,7 +67,7 @@ class PlainTrainer(Measuring, Trainer):
     """transformers' Trainer with a task's own measure."""
 
 
-class TextRunner(ABC):
+class TextRunner(RowsRunner):
     """A text task; see `lora_adapters.runs.runner.Runner`. Each task says what differs.
 
     Args:
@@ -80,7 +81,7 @@ class TextRunner(ABC):
     arguments_class: ClassVar[type] = TrainingArguments
 
     def __init__(self, recipe: Any) -> None:
-        self.recipe = recipe
+        super().__init__(recipe)
         self.train_rows: Encoded | None = None
         self.eval_rows: Encoded | None = None
 
@@ -125,16 +126,6 @@ class TextRunner(ABC):
     # ---- before training ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def device(self) -> torch.device:
-        """Where the model goes."""
-        return pick_device(self.recipe.model.device)
-
-    @cached_property
-    def autocast(self) -> torch.dtype | None:
-        """Dtype of the computation, None for the weights' own."""
-        return compute_dtype(self.recipe.training, self.device)
-
-    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer; a missing pad token is its end token, which masks and labels keep apart."""
         model = self.recipe.model
@@ -143,8 +134,9 @@ class TextRunner(ABC):
                 model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoraAdaptersError(f"model.name: {model.name!r} has no tokenizer that loads: {first}") from error
+            raise LoraAdaptersError(
+                f"model.name: {model.name!r} has no tokenizer that loads: {first_line(error)}"
+            ) from error
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
                 raise UnsupportedError(
@@ -165,9 +157,7 @@ class TextRunner(ABC):
 
     def check(self, parts: Sequence[str] = ("train", "eval")) -> None:
         """Read and encode the data, look the model up, and plan the adapter; no weight is read."""
-        data = self.recipe.data
-        if "train" not in parts and data.eval is None and data.eval_split is None and not data.eval_fraction:
-            raise RequestError("There is no eval data: give --data FILE, or data.eval=FILE.")
+        self.check_eval(parts, "FILE")
         check_training(self.recipe.training)
         self._look_up()
         if "train" in parts:
@@ -210,14 +200,6 @@ class TextRunner(ABC):
         if held_out is not None:
             self.eval_rows = self.encode(held_out, "eval")
 
-    def accept(self, adapters: Mapping[str, Path]) -> None:  # noqa: B027 - most tasks leave nothing open
-        """Take what the recipe leaves open; see `Runner.accept`."""
-
-    @cached_property
-    def made_plan(self) -> AttachPlan:
-        """The recipe's plan, on the model without its weights."""
-        return self.plan(self.recipe.model.quantization)
-
     def shape(self) -> tuple[int, int]:
         """Return rows and tokens of one forward pass."""
         training = self.recipe.training
@@ -254,7 +236,7 @@ class TextRunner(ABC):
 
     def train(self, run: Run) -> None:
         """Train; see `Runner.train`."""
-        facts, say = run.facts, run.progress.say
+        facts = run.facts
         assert self.train_rows is not None
         data = [encoded.facts for encoded in (self.train_rows, self.eval_rows) if encoded is not None]
         record_data(run, data)
@@ -263,19 +245,17 @@ class TextRunner(ABC):
         facts.higher_is_better, facts.labels = list(self.higher_is_better), self.train_rows.label_names
         with run.preparing():
             record_memory(run, self, self.made_plan, self.device)
-            say(f"loading {self.recipe.model.name}")
-            set_seed(self.recipe.training.seed)
-            model = self._load()
-            # Here, so that a new head starts from the seed whatever loading drew.
-            set_seed(self.recipe.training.seed)
-            lora = LoraCallback(model, **attach_arguments(self.recipe.adapter))
+            lora = LoraCallback(self.load(run.progress), **attach_arguments(self.recipe.adapter))
             record_adapter(run, lora.adapter)
             self._check_model(lora.model)
-            self._before(run, lora.model)
+            self.measure_base(run, lora.model)
         self._fit(run, lora)
 
-    def _load(self) -> Any:
-        section = self.recipe.model
+    def load(self, progress: Progress) -> Any:
+        """Return the base; see `RecipeRunner.load`."""
+        section, seed = self.recipe.model, self.recipe.training.seed
+        progress.say(f"loading {section.name}")
+        seed_all(seed)
         model = la.load(
             section.name,
             backend="transformers",
@@ -289,23 +269,11 @@ class TextRunner(ABC):
         text: Any = model.config
         if text.pad_token_id is None:
             text.pad_token_id = self.tokenizer.pad_token_id
+        seed_all(seed)  # A starts from the seed, whatever loading drew for a new head
         return model
 
-    def _check_model(self, model: Any) -> None:  # noqa: B027 - most tasks have nothing to check there
+    def _check_model(self, model: Any) -> None:
         """Check what can only be seen on the model itself."""
-
-    def _before(self, run: Run, model: Any) -> None:
-        """Measure the base, unless the run that is resumed has done so."""
-        if self.eval_rows is None or run.facts.before:
-            return
-        run.progress.say(f"measuring the base on {len(self.eval_rows.rows):,} rows")
-        measured = self.measure(model, self.eval_rows.rows)
-        count = min(self.recipe.samples, len(self.eval_rows.rows))
-        record_before(run, measured, self._shown(model, count, measured))
-
-    def _shown(self, model: Any, count: int, measured: Measured) -> list[Sample]:
-        found = self.samples(model, count, measured)
-        return [Sample(f"Eval row {i + 1}", parts) for i, parts in enumerate(found)]
 
     def _fit(self, run: Run, lora: LoraCallback) -> None:
         assert self.train_rows is not None
@@ -325,7 +293,7 @@ class TextRunner(ABC):
             self.tokenizer.save_pretrained(run.folder.adapter)
         raise_unless_finished(run, guard)
         with run.measuring():
-            self._after(run, lora.model)
+            self.measure_adapter(run, lora.model)
 
     def _trainer(self, run: Run, lora: LoraCallback, counter: Counter, callback: RunCallback) -> Any:
         assert self.train_rows is not None
@@ -358,27 +326,25 @@ class TextRunner(ABC):
         )
         trainer.remove_callback(PrinterCallback)
         if self.eval_rows is not None:
-            eval_rows = self.eval_rows.rows
-            trainer.measure = lambda: self.measure(lora.model, eval_rows)
+            trainer.measure = lambda: self.measure_eval(lora.model)
         return trainer
 
-    def _after(self, run: Run, model: Any) -> None:
-        if self.eval_rows is None:
-            return
-        run.progress.say("measuring the adapter")
-        measured = self.measure(model, self.eval_rows.rows)
-        record_after(run, measured, self._shown(model, len(run.facts.samples), measured))
+    # ---- measuring, and saved adapters -------------------------------------------------------------------------------
 
-    # ---- saved adapters ----------------------------------------------------------------------------------------------
+    @property
+    def eval_count(self) -> int:
+        """Return the number of eval rows."""
+        return 0 if self.eval_rows is None else len(self.eval_rows.rows)
 
-    def evaluate(self, adapters: Mapping[str, Path], progress: Progress) -> dict[str, dict[str, float]]:
-        """Return name -> metrics on the eval data; see `Runner.evaluate`."""
+    def measure_eval(self, model: Any) -> Measured:
+        """Return the metrics of a model on the eval rows."""
         assert self.eval_rows is not None
-        found: dict[str, dict[str, float]] = {}
-        for name, model in self._each(adapters, progress):
-            progress.say(f"measuring {name} on {len(self.eval_rows.rows):,} rows")
-            found[name] = self.measure(model, self.eval_rows.rows).metrics
-        return found
+        return self.measure(model, self.eval_rows.rows)
+
+    def show_eval(self, model: Any, measured: Measured, count: int) -> list[Sample]:
+        """Return the first eval rows; see `samples`."""
+        found = self.samples(model, count, measured)
+        return [Sample(f"Eval row {i + 1}", parts) for i, parts in enumerate(found)]
 
     def generate(
         self, adapters: Mapping[str, Path], prompts: Sequence[str], progress: Progress, **options: Any
@@ -386,14 +352,7 @@ class TextRunner(ABC):
         """Return what the base and each adapter make of each prompt; see `Runner.generate`."""
         self._look_up()
         found = [Sample(prompt, []) for prompt in prompts]
-        for name, model in self._each(adapters, progress):
+        for name, model in self.each(adapters, progress):
             for sample in found:
                 sample.parts.append((name, self.respond(model, sample.title, **options)))
         return found
-
-    def _each(self, adapters: Mapping[str, Path], progress: Progress):
-        """Yield ("base", model), then (name, the same model with that adapter)."""
-        progress.say(f"loading {self.recipe.model.name}")
-        set_seed(self.recipe.training.seed)
-        model = self._load()
-        yield from each_model(model, adapters)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import DataCollatorWithPadding
 
 from lora_adapters.checkpoint import inspect_adapter
 from lora_adapters.errors import RequestError
+from lora_adapters.runs.class_measures import likeliest
 from lora_adapters.runs.measuring import Measured, evaluating
 from lora_adapters.runs.progress import Progress
 
@@ -20,9 +20,6 @@ from ..data.classification import check_classification, encode_classification
 from ..data.encoding import Encoded
 from .measures import Collate, classification
 from .runner import TextRunner
-
-#: Labels that an answer names with their probabilities.
-_NAMED = 3
 
 
 class ClassificationRunner(TextRunner):
@@ -110,6 +107,4 @@ class ClassificationRunner(TextRunner):
         """Return the likeliest labels of one text with their probabilities."""
         batch = self.tokenizer(prompt, truncation=True, max_length=self.recipe.training.max_length, return_tensors="pt")
         with evaluating(model, self.autocast) as device:
-            logits = model(**batch.to(device)).logits[0].float()
-        values, indices = torch.softmax(logits, -1).topk(min(_NAMED, len(self.labels)))
-        return ", ".join(f"{self.labels[i]} {p:.1%}" for p, i in zip(values.tolist(), indices.tolist(), strict=True))
+            return likeliest(model(**batch.to(device)).logits[0], self.labels)

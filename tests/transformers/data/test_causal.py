@@ -245,4 +245,3 @@ def test_names_of_sources():
     data = CausalLMData(train=["a.jsonl", "b.jsonl"], eval_fraction=0.1)
     of = [encode_causal(table, data, CausalLMTraining(), PLAIN, name=name).facts.source for name in ("train", "eval")]
     assert of == ["a.jsonl, b.jsonl", "a.jsonl, b.jsonl (0.1 held out)"]
-    assert encode_causal(table, data, CausalLMTraining(), PLAIN, name="eval", source="x").facts.source == "x"
