@@ -57,7 +57,8 @@ def test_timm_loads_the_merged_model(which, tmp_path):
         assert torch.equal(model(x), expected)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     # The folder is a base again, whose weights are read without being asked for.
-    assert torch.equal(TimmLoraModel(str(folder), rank=2).eval()(x), loaded(x))
+    again = TimmLoraModel(str(folder), rank=2).eval()
+    torch.testing.assert_close(again(x), loaded(x), rtol=1e-5, atol=1e-5)  # an adapter's layers may round otherwise
 
 
 @pytest.mark.parametrize("which", [VIT, RESNET], ids=lambda w: w[0])
