@@ -8,8 +8,7 @@ them. A CUDA graph records the launches once and replays them at once (Gray, "Ge
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .error_text import first_line
 from .errors import RequestError, UnsupportedError
+from .garbage import collection_paused
 
 #: (name, shape, dtype) of each input; None for one that is left out.
 _Key = tuple[tuple[str, tuple[int, ...] | None, torch.dtype | None], ...]
@@ -132,8 +132,9 @@ class GraphedLoss:
             torch._foreach_copy_(self._grads, before)
             torch.cuda.empty_cache()  # what these runs took is not kept beside what the graph keeps
             torch.cuda.set_rng_state(random, self._device)
-            # Other threads, such as one that pins batches, may go on using CUDA.
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # An old graph that is freed while another is recorded spoils it. Other threads, such as one that pins batches,
+            # may go on using CUDA.
+            with collection_paused(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(given)
         except RuntimeError as error:
             if not any(word in str(error) for word in ("captur", "Offset increment")):
@@ -150,15 +151,3 @@ class GraphedLoss:
             raise RequestError("The loss must be one number that depends on what is trained.")
         loss.backward()
         return loss.detach()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Within this context Python frees nothing by itself: an old graph that is freed while another is recorded spoils it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

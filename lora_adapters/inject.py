@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +22,7 @@ from .attach_plan import AttachPlan, PlannedLayer
 from .backends import base_of, foreign_tuner
 from .direct_reads import has_fused_layers, keep_called
 from .errors import LoraAdaptersWarning, RequestError, StateError, UnsupportedError, VerificationError
+from .garbage import collection_paused
 from .hooks.manager import load_object
 from .layers import BUILTIN_LAYERS
 from .layers.engine import EngineLayer, Factors
@@ -76,20 +75,8 @@ def apply(
     _refuse_foreign(model)
     _refuse_merged(model, plan)
     guard_cpu_repacking(model)
-    with _no_collection():
+    with collection_paused():  # thousands of new modules would make it walk everything again and again
         return _apply(model, plan, peft_model, load)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector: thousands of new modules would make it walk everything again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _apply(

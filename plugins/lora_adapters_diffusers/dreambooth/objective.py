@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Noised(NamedTuple):
     weight: Tensor
 
 
-class Objective:
+class Objective(ABC):
     """What `objective_of` returns; a subclass for noise schedules and one for flow matching.
 
     Attributes:
@@ -94,8 +95,9 @@ class Objective:
             noise += self.diffusion.noise_offset * normal((shape[0], 1, 1), OFFSET, numbers)
         return noise
 
+    @abstractmethod
     def _mix(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Noised:
-        raise NotImplementedError
+        """Return latents with this noise at these levels (B,), and what goes with them."""
 
     @staticmethod
     def loss(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from lora_adapters_diffusers import LoraPipeline
 from lora_adapters_diffusers.dreambooth.in_memory import recipe_from
+from lora_adapters_diffusers.dreambooth.runner import DreamBoothRunner
 from lora_adapters_diffusers.dreambooth.task import Task
 
 from lora_adapters.errors import RequestError
 from lora_adapters.recipes.reading import read_recipe
+from lora_adapters.runs import loop
 from lora_adapters.runs.runner import DivergedError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -181,3 +183,32 @@ def test_flux_trains_without_cudnns_attention(kind, there, monkeypatch):
     teach(LoraPipeline(build(kind)))
     assert seen == [there, there]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_all_that_a_recorded_step_needs_is_among_its_inputs(kind, tmp_path, monkeypatch):
+    """Replayed on a CPU by hand: the loss sees copies of tensors alone, and its steps are the plain ones."""
+    prior = {"prompt": "a cat", "images": 2, "steps": 1, "folder": str(tmp_path)}
+    options = dict(prior=prior, batch_size=2, gradient_accumulation=2, optimizer="sgd", learning_rate=0.3, steps=3)
+    plain = teach(LoraPipeline(build(kind)), photos(3, square=True), **options)
+    shapes = set()
+
+    class Replayed:
+        def __init__(self, loss, trained):
+            self.loss = loss
+
+        def __call__(self, inputs):
+            assert all(value is None or type(value) is torch.Tensor for value in inputs.values())
+            shapes.add(tuple(inputs["noisy"].shape))
+            loss = self.loss({name: None if value is None else value.clone() for name, value in inputs.items()})
+            loss.backward()
+            return loss.detach()
+
+    monkeypatch.setattr(loop, "GraphedLoss", Replayed)
+    monkeypatch.setattr(DreamBoothRunner, "cuda_graphs", True)
+    replayed = teach(LoraPipeline(build(kind)), photos(3, square=True), **options)
+    assert len(shapes) == 2  # the last batch is short
+    assert replayed.facts.after["loss"] == pytest.approx(plain.facts.after["loss"], rel=1e-5)
+    for name, handle in replayed.adapters.items():
+        for found, expected in zip(handle.parameters(), plain.adapters[name].parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
